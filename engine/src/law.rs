@@ -1,0 +1,127 @@
+//! The Law of durability, and the ways to break it on purpose.
+//!
+//! > The old chunk is durable in the COW store -> its exception is durable ->
+//! > only then is the origin overwritten.
+//!
+//! Every place in the engine that waits for the sake of a power cut asks a
+//! method of [`Law`] whether it must. In a build of the program each answers
+//! `true`, always, and costs nothing. With the cargo feature `mutants` a test
+//! breaks one rule, and the crash simulator has to notice.
+
+/// A rule of durability to break.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mutant {
+    /// None: the engine as it is meant to be.
+    #[default]
+    None,
+    /// The area is written without waiting for the flush of the chunks it names.
+    OneFlush,
+    /// Stale entries past the end of the list are left in place by an open.
+    NoScrub,
+    /// The origin is overwritten before the exceptions are durable.
+    OriginWriteEarly,
+    /// An exception of a snapshot's own write, still volatile, lets an origin write pass.
+    VolatileTakenForDurable,
+    /// A snapshot is taken without flushing the origin.
+    CreateWithoutFlush,
+    /// A snapshot is taken while origin writes are in flight.
+    CreateWithoutDrain,
+    /// The header of a new store is written without waiting for its zeroed area.
+    StoreCreateOneFlush,
+    /// Origin writes do not wait for the header that says invalid.
+    InvalidateLate,
+    /// An area is filled before the zeros of the next one are durable.
+    NextAreaNotZeroed,
+    /// An origin write does not wait for snapshot reads of the same range.
+    ReadsNotDrained,
+    /// A trim acts whether or not snapshots have their copies.
+    TrimUncopied,
+    /// A FLUSH takes the end of a flush that began before it.
+    FlushJoinsRunning,
+}
+
+/// Which rules hold. All of them, but for one in a mutant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Law {
+    #[cfg(feature = "mutants")]
+    broken: Mutant,
+}
+
+impl Law {
+    /// A law with one rule broken.
+    #[cfg(feature = "mutants")]
+    pub const fn broken(broken: Mutant) -> Self {
+        Self { broken }
+    }
+
+    #[cfg(feature = "mutants")]
+    fn holds(self, rule: Mutant) -> bool {
+        self.broken != rule
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    #[allow(clippy::unused_self)]
+    const fn holds(self, _rule: Mutant) -> bool {
+        true
+    }
+
+    /// Chunks are durable before the area that names them is written.
+    pub(crate) fn data_before_area(self) -> bool {
+        self.holds(Mutant::OneFlush)
+    }
+
+    /// What lies past the end of the list is zeroed before anything is allocated.
+    pub(crate) fn scrub_on_open(self) -> bool {
+        self.holds(Mutant::NoScrub)
+    }
+
+    /// Exceptions are committed before the origin is overwritten.
+    pub(crate) fn exception_before_origin(self) -> bool {
+        self.holds(Mutant::OriginWriteEarly)
+    }
+
+    /// A committed exception counts only once it is durable.
+    pub(crate) fn volatile_is_not_durable(self) -> bool {
+        self.holds(Mutant::VolatileTakenForDurable)
+    }
+
+    /// The origin is durable at the instant of a snapshot.
+    pub(crate) fn flush_before_snapshot(self) -> bool {
+        self.holds(Mutant::CreateWithoutFlush)
+    }
+
+    /// No origin write is in flight at the instant of a snapshot.
+    pub(crate) fn drain_before_snapshot(self) -> bool {
+        self.holds(Mutant::CreateWithoutDrain)
+    }
+
+    /// Area 0 is durably zero before a header makes it count.
+    pub(crate) fn area_before_header(self) -> bool {
+        self.holds(Mutant::StoreCreateOneFlush)
+    }
+
+    /// The snapshot is durably invalid before the write that broke it.
+    pub(crate) fn invalid_before_origin(self) -> bool {
+        self.holds(Mutant::InvalidateLate)
+    }
+
+    /// The next area is durably zero before its predecessor fills.
+    pub(crate) fn zeros_before_full_area(self) -> bool {
+        self.holds(Mutant::NextAreaNotZeroed)
+    }
+
+    /// Snapshot reads of a range end before the origin changes there.
+    pub(crate) fn reads_before_origin(self) -> bool {
+        self.holds(Mutant::ReadsNotDrained)
+    }
+
+    /// A trim keeps to what every snapshot has durably copied.
+    pub(crate) fn trim_only_copied(self) -> bool {
+        self.holds(Mutant::TrimUncopied)
+    }
+
+    /// A FLUSH is answered by a flush that began after it came.
+    pub(crate) fn flush_begins_after(self) -> bool {
+        self.holds(Mutant::FlushJoinsRunning)
+    }
+}

@@ -1,0 +1,166 @@
+//! FLUSH, FUA and the flushes of commits. A flush never answers for what came
+//! after it began (durability.md, rule 9), and one that failed is never tried
+//! again (rule 10).
+
+use super::active::RequestKey;
+use super::{Purpose, Volume};
+use crate::disk::{Action, Device};
+use crate::request::{Failure, View};
+use crate::snapshot::{InvalidHeader, take_below};
+
+/// Who waits for a flush of the origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiter {
+    /// A request: FLUSH, or a mutation with FUA.
+    Request(RequestKey),
+    /// The creation of a snapshot.
+    Creation,
+}
+
+/// The flushes of the origin.
+#[derive(Debug, Default)]
+pub(crate) struct Lane {
+    /// The next flush is theirs.
+    pub(super) waiting: Vec<Waiter>,
+    /// The flush that is running is theirs.
+    running: Option<Vec<Waiter>>,
+    /// A flush has failed: what was written before may be lost, and no later
+    /// flush would say so.
+    failed: bool,
+}
+
+impl Volume {
+    /// Have the device of the request's view flushed, then answer it.
+    pub(super) fn flush_for(&mut self, request: RequestKey) {
+        match self.requests[request].view {
+            View::Origin => {
+                let lane = &mut self.origin_flush;
+                match &mut lane.running {
+                    Some(running) if !self.law.flush_begins_after() => {
+                        running.push(Waiter::Request(request));
+                    }
+                    _ => lane.waiting.push(Waiter::Request(request)),
+                }
+            }
+            View::Snapshot(id) => {
+                let index = self.index_of(id).expect("a snapshot outlives its requests");
+                if self.snapshots[index].is_readable() {
+                    self.snapshots[index].until_flushed.push(request);
+                    self.list(index);
+                } else {
+                    self.fail_all([request]);
+                }
+            }
+        }
+    }
+
+    pub(super) fn fail_all(&mut self, requests: impl IntoIterator<Item = RequestKey>) {
+        for request in requests {
+            self.requests[request].failure = Some(Failure::Io);
+            self.finish(request);
+        }
+    }
+
+    /// Nothing else is left to hand out: begin the flushes that are wanted. The
+    /// more came together until now, the fewer are needed. Says whether there is
+    /// anything new to poll for.
+    pub(super) fn come_to_rest(&mut self) -> bool {
+        self.restless = 0;
+        while let Some(id) = self.listed.pop_front() {
+            if let Some(index) = self.index_of(id) {
+                self.snapshots[index].listed = false;
+                self.begin_store_flush(index);
+            }
+        }
+        self.begin_origin_flush();
+        self.advance_lifecycle();
+        !self.ready_ops.is_empty() || !self.runnable.is_empty()
+    }
+
+    fn begin_store_flush(&mut self, index: usize) {
+        let snapshot = &mut self.snapshots[index];
+        let wanted = snapshot.durable_wanted();
+        let asked = !snapshot.until_flushed.is_empty();
+        let Some(commit) = &mut snapshot.commit else {
+            // Nothing of a transient store outlives the volume.
+            let requests = std::mem::take(&mut snapshot.until_flushed);
+            for request in requests {
+                self.finish(request);
+            }
+            return;
+        };
+        if !commit.can_flush() || !(asked || commit.wants_flush(wanted)) {
+            return;
+        }
+        commit.flush_begun();
+        snapshot.is_flushing = true;
+        snapshot.flushing = std::mem::take(&mut snapshot.until_flushed);
+        let id = snapshot.id;
+        self.emit(Device::Cow(id), Action::Flush, Purpose::StoreFlush(id));
+    }
+
+    pub(super) fn store_flush_ended(&mut self, index: usize, ok: bool) {
+        let snapshot = &mut self.snapshots[index];
+        let requests = std::mem::take(&mut snapshot.flushing);
+        snapshot.is_flushing = false;
+        if snapshot.commit.is_none() {
+            // The snapshot was lost while the flush ran. If that failed, the header
+            // that says so may be among what it lost.
+            if ok {
+                self.flush_invalid_header(index);
+            } else if snapshot.header == InvalidHeader::Written {
+                self.invalidated(index, false);
+            }
+            return self.fail_all(requests);
+        }
+        if !ok {
+            self.fail_all(requests);
+            return self.invalidate(index, "a flush of its store failed");
+        }
+        let commit = snapshot.commit.as_mut().expect("it was looked at above");
+        commit.flush_ended();
+        let mark = commit.durable();
+        let durable = take_below(&mut snapshot.until_durable, mark);
+        self.wake(durable);
+        for request in requests {
+            self.finish(request);
+        }
+        self.drive_store(index);
+        self.list(index);
+    }
+
+    pub(super) fn begin_origin_flush(&mut self) {
+        let lane = &mut self.origin_flush;
+        if lane.waiting.is_empty() || lane.running.is_some() {
+            return;
+        }
+        let waiters = std::mem::take(&mut lane.waiting);
+        if lane.failed {
+            return self.origin_flushed(waiters, false);
+        }
+        lane.running = Some(waiters);
+        self.emit(Device::Origin, Action::Flush, Purpose::OriginFlush);
+    }
+
+    pub(super) fn origin_flush_ended(&mut self, ok: bool) {
+        let lane = &mut self.origin_flush;
+        let waiters = lane.running.take().expect("a flush is running");
+        lane.failed |= !ok;
+        self.origin_flushed(waiters, ok);
+    }
+
+    fn origin_flushed(&mut self, waiters: Vec<Waiter>, ok: bool) {
+        for waiter in waiters {
+            match waiter {
+                Waiter::Request(request) if ok => self.finish(request),
+                Waiter::Request(request) => self.fail_all([request]),
+                Waiter::Creation => self.creation_flushed(ok),
+            }
+        }
+    }
+
+    /// A flush of the origin has failed since the volume was made.
+    pub(super) fn origin_flush_failed(&self) -> bool {
+        self.origin_flush.failed
+    }
+}

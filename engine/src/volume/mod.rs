@@ -1,0 +1,427 @@
+//! A volume: one origin and its snapshots.
+//!
+//! Order of calls: any number of `handle_*` calls, then `poll_disk_op` until it
+//! answers `None` (performing the operations, at once or later, and reporting
+//! each end by `handle_completion`; completions reported while polling are
+//! fine), then `poll_reply` and `poll_event` until they answer `None`. Again
+//! whenever a request or a completion comes.
+//!
+//! `poll_disk_op` closes commit groups when it has nothing else to hand out: a
+//! driver that performs cached operations inline, reports them at once and polls
+//! again gives the engine its batches.
+
+pub(crate) mod active;
+mod admit;
+mod copy;
+mod drive;
+mod flush;
+mod lifecycle;
+mod origin_write;
+mod snapshot_write;
+pub(crate) mod task;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use slab::Slab;
+
+use crate::disk::{Action, Device, DiskOp, OpId};
+use crate::in_flight::{RangeId, Ranges};
+use crate::law::Law;
+use crate::request::{Failure, Reply, Request, SnapshotId, View};
+use crate::snapshot::{Snapshot, State};
+use crate::store::Status;
+use active::{Active, RequestKey};
+use copy::{CopyMemory, Job, JobKey};
+use flush::Lane;
+use lifecycle::{Creation, Phase};
+use task::{Task, TaskId, Work};
+
+/// A mutation is worked off in windows of this many bytes.
+const WINDOW_BYTES: u64 = 32 << 20;
+
+/// What a volume is like.
+#[derive(Clone, Copy, Debug)]
+pub struct VolumeConfig {
+    /// Bytes of the origin: a multiple of 512, not 0.
+    pub origin_bytes: u64,
+    /// Bytes of old chunks that may be in memory at once, at least 1 MiB.
+    pub copy_memory: u64,
+    /// The largest piece in which a chunk or a run of chunks is copied.
+    pub copy_piece: u64,
+}
+
+/// A piece of a view: `len` bytes that lie on `device` at `offset`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The device that holds them.
+    pub device: Device,
+    /// Where on it.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+}
+
+/// Whether I/O can be done at once, around the queues. See [`Volume::read_now`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Now {
+    /// Do it on the extents, before anything else is asked of the volume.
+    Go,
+    /// Hand it in with [`Volume::handle_request`].
+    Queue,
+}
+
+/// Something that an operator wants to hear of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The snapshot begun by [`Volume::create_snapshot`] exists: its instant has been taken.
+    Created(SnapshotId),
+    /// It could not be taken; the id is gone.
+    CreateFailed(SnapshotId),
+    /// The snapshot was lost, for this reason.
+    Invalid(SnapshotId, &'static str),
+    /// The same, and no disk could be made to say so: the origin takes no writes
+    /// any more, or a later start would serve a stale snapshot.
+    Unmarked(SnapshotId, &'static str),
+    /// A PO store is full: the snapshot can be read, but no more written.
+    Overflow(SnapshotId),
+    /// [`Volume::close`] has ended: nothing is in flight and all is durable
+    /// (false: a flush failed).
+    Closed(bool),
+}
+
+/// After so many operations flushes are begun even if there are more to hand out:
+/// somebody who never stops reading must not keep others' commits waiting.
+const REST_AFTER: u32 = 256;
+
+/// What an operation in flight is for.
+#[derive(Debug)]
+enum Purpose {
+    /// Piece `index` of a client's read; `reading` if it keeps origin writes away.
+    ClientRead {
+        request: RequestKey,
+        index: usize,
+        reading: Option<RangeId>,
+    },
+    /// Part of a mutation, straight to its place.
+    ClientWrite(RequestKey),
+    /// The old chunk comes in.
+    CopyRead(JobKey),
+    /// The old chunk goes out.
+    CopyWrite(JobKey),
+    /// Entries of a commit group.
+    AreaWrite(SnapshotId),
+    /// The next area's zeros.
+    NextArea(SnapshotId),
+    /// A flush of a store, for its commits and for FLUSH and FUA.
+    StoreFlush(SnapshotId),
+    /// The header that says invalid.
+    InvalidHeader(SnapshotId),
+    /// The flush after it.
+    InvalidFlush(SnapshotId),
+    /// The store's file grows.
+    Grow(SnapshotId),
+    /// A flush of the origin.
+    OriginFlush,
+    /// The last flush of a device.
+    CloseFlush,
+}
+
+/// An origin and its snapshots. One thread owns it.
+#[derive(Debug)]
+pub struct Volume {
+    config: VolumeConfig,
+    /// Bytes of a mutation that are brought under way at a time.
+    window: u64,
+    law: Law,
+    phase: Phase,
+    /// In ascending order of id.
+    snapshots: Vec<Snapshot>,
+    next_snapshot: u32,
+    requests: Slab<Active>,
+    tasks: Slab<Task>,
+    runnable: VecDeque<TaskId>,
+    jobs: Slab<Job>,
+    memory: CopyMemory,
+    in_flight: Slab<Purpose>,
+    ready_ops: VecDeque<DiskOp>,
+    /// Operations handed out since the volume last came to rest.
+    restless: u32,
+    replies: VecDeque<Reply>,
+    events: VecDeque<Event>,
+    /// Mutations of the origin, waiting or under way.
+    origin_writes: Ranges,
+    /// Reads of the origin by snapshots' clients.
+    origin_reads: Ranges,
+    /// Mutations of the origin that have not ended.
+    origin_mutations: u64,
+    /// Counts changes of the origin: equal numbers mean that nothing changed.
+    origin_changes: u64,
+    origin_flush: Lane,
+    /// Snapshots to look after before the volume comes to rest.
+    listed: VecDeque<SnapshotId>,
+    creations: VecDeque<Creation>,
+    /// Mutations of the origin that wait for a snapshot's instant.
+    held: VecDeque<Request>,
+    holding: bool,
+}
+
+impl Volume {
+    /// A volume without snapshots.
+    pub fn new(config: VolumeConfig) -> Self {
+        assert!(
+            config.origin_bytes > 0 && config.origin_bytes.is_multiple_of(512),
+            "an origin is whole sectors, at least one"
+        );
+        assert!(config.copy_piece >= 512 && config.copy_memory >= config.copy_piece);
+        Self {
+            config,
+            window: WINDOW_BYTES,
+            law: Law::default(),
+            phase: Phase::Open,
+            snapshots: Vec::new(),
+            next_snapshot: 0,
+            requests: Slab::new(),
+            tasks: Slab::new(),
+            runnable: VecDeque::new(),
+            jobs: Slab::new(),
+            memory: CopyMemory::new(config.copy_memory),
+            in_flight: Slab::new(),
+            ready_ops: VecDeque::new(),
+            restless: 0,
+            replies: VecDeque::new(),
+            events: VecDeque::new(),
+            origin_writes: Ranges::default(),
+            origin_reads: Ranges::default(),
+            origin_mutations: 0,
+            origin_changes: 0,
+            origin_flush: Lane::default(),
+            listed: VecDeque::new(),
+            creations: VecDeque::new(),
+            held: VecDeque::new(),
+            holding: false,
+        }
+    }
+
+    /// Work mutations off in windows of `bytes` instead of 32 MiB: simulated disks
+    /// are smaller than that.
+    pub fn set_window(&mut self, bytes: u64) {
+        assert!(bytes > 0);
+        self.window = bytes;
+    }
+
+    /// A volume that breaks a rule. Nothing may have been attached yet.
+    #[cfg(feature = "mutants")]
+    pub fn set_law(&mut self, law: Law) {
+        assert!(self.snapshots.is_empty());
+        self.law = law;
+    }
+
+    /// The next operation to perform, if there is one.
+    pub fn poll_disk_op(&mut self) -> Option<DiskOp> {
+        loop {
+            while let Some(task) = self.runnable.pop_front() {
+                self.run(task);
+            }
+            if self.restless >= REST_AFTER {
+                self.come_to_rest();
+            }
+            if let Some(op) = self.ready_ops.pop_front() {
+                self.restless += 1;
+                return Some(op);
+            }
+            if !self.come_to_rest() {
+                return None;
+            }
+        }
+    }
+
+    /// The next reply, if there is one.
+    pub fn poll_reply(&mut self) -> Option<Reply> {
+        self.replies.pop_front()
+    }
+
+    /// The next event, if there is one.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// The fast way of a read: where `len` bytes at `offset` lie right now. On
+    /// [`Now::Go`] the caller reads the extents (appended to `extents`, in
+    /// order) at once, before any other call of this volume, and need not
+    /// report anything. Otherwise, or when the read would block, the request
+    /// goes to [`Volume::handle_request`].
+    pub fn read_now(&self, view: View, offset: u64, len: u64, extents: &mut Vec<Extent>) -> Now {
+        if self.phase != Phase::Open || self.check_range(offset, len).is_err() {
+            return Now::Queue;
+        }
+        let before = extents.len();
+        if self
+            .resolve(view, offset, offset + len, usize::MAX, extents)
+            .is_err()
+        {
+            extents.truncate(before);
+            return Now::Queue;
+        }
+        Now::Go
+    }
+
+    /// The same for a write that needs no copy, no commit and waits for nobody.
+    /// The caller writes all extents at once; if one fails it reports that as a
+    /// failed request itself.
+    pub fn write_now(
+        &mut self,
+        view: View,
+        offset: u64,
+        len: u64,
+        extents: &mut Vec<Extent>,
+    ) -> Now {
+        if self.phase != Phase::Open || self.check_range(offset, len).is_err() {
+            return Now::Queue;
+        }
+        match view {
+            View::Origin => self.origin_write_now(offset, len, extents),
+            View::Snapshot(id) => self.snapshot_write_now(id, offset, len, extents),
+        }
+    }
+
+    /// Where the bytes of a view lie, for BLOCK_STATUS; like [`Volume::read_now`],
+    /// but never waits. Stops after `max_extents`.
+    pub fn map(
+        &self,
+        view: View,
+        offset: u64,
+        len: u64,
+        max_extents: usize,
+    ) -> Result<Vec<Extent>, Failure> {
+        self.check_range(offset, len)?;
+        let mut extents = Vec::new();
+        self.resolve(view, offset, offset + len, max_extents, &mut extents)?;
+        Ok(extents)
+    }
+
+    /// A snapshot's status.
+    pub fn status(&self, snapshot: SnapshotId) -> Option<Status> {
+        self.snapshot(snapshot).map(Snapshot::status)
+    }
+
+    /// Nothing is in flight or queued, and every reply has been taken.
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+            && self.in_flight.is_empty()
+            && self.runnable.is_empty()
+            && self.replies.is_empty()
+            && self.held.is_empty()
+            && self.creations.is_empty()
+    }
+
+    /// The devices there are, the origin first.
+    pub fn devices(&self) -> Vec<Device> {
+        let cows = self.snapshots.iter().map(|s| Device::Cow(s.id));
+        std::iter::once(Device::Origin).chain(cows).collect()
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), Failure> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.config.origin_bytes => Ok(()),
+            _ => Err(Failure::Invalid),
+        }
+    }
+
+    fn index_of(&self, id: SnapshotId) -> Option<usize> {
+        self.snapshots.binary_search_by_key(&id, |s| s.id).ok()
+    }
+
+    fn snapshot(&self, id: SnapshotId) -> Option<&Snapshot> {
+        self.index_of(id).map(|i| &self.snapshots[i])
+    }
+
+    fn resolve(
+        &self,
+        view: View,
+        start: u64,
+        end: u64,
+        max: usize,
+        extents: &mut Vec<Extent>,
+    ) -> Result<(), Failure> {
+        match view {
+            View::Origin => {
+                if start < end {
+                    extents.push(Extent {
+                        device: Device::Origin,
+                        offset: start,
+                        len: end - start,
+                    });
+                }
+                Ok(())
+            }
+            View::Snapshot(id) => match self.snapshot(id) {
+                Some(snapshot) if snapshot.state != State::Creating => {
+                    snapshot.resolve(start, end, max, extents)
+                }
+                _ => Err(Failure::NoSuchView),
+            },
+        }
+    }
+
+    fn emit(&mut self, device: Device, action: Action, purpose: Purpose) {
+        let is_flush = action == Action::Flush;
+        let id = OpId(self.in_flight.insert(purpose) as u64);
+        let op = DiskOp { id, device, action };
+        if is_flush {
+            // Others wait for it, and it takes the longest.
+            self.ready_ops.push_front(op);
+        } else {
+            self.ready_ops.push_back(op);
+        }
+    }
+
+    /// A task that is about to be made to wait; see [`Volume::waits`].
+    fn new_task(&mut self, work: Work) -> TaskId {
+        TaskId(self.tasks.insert(Task { work, waits: 0 }))
+    }
+
+    /// Whether the task has been made to wait for anything. If not, it is gone,
+    /// and its work can go on at once.
+    fn waits(&mut self, task: TaskId) -> bool {
+        if self.tasks[task.0].waits > 0 {
+            return true;
+        }
+        self.tasks.remove(task.0);
+        false
+    }
+
+    /// One thing that each of the tasks waited for has happened.
+    fn wake(&mut self, tasks: impl IntoIterator<Item = TaskId>) {
+        for id in tasks {
+            let task = &mut self.tasks[id.0];
+            task.waits -= 1;
+            if task.waits == 0 {
+                self.runnable.push_back(id);
+            }
+        }
+    }
+
+    fn run(&mut self, task: TaskId) {
+        match self.tasks.remove(task.0).work {
+            Work::Mutation(request) => self.advance_mutation(request),
+            Work::SnapshotPart {
+                request,
+                start,
+                end,
+            } => self.advance_snapshot_part(request, start, end),
+            Work::SnapshotCopied(request) => self.snapshot_copied(request),
+            Work::Copy(job) => self.advance_copy(job),
+        }
+    }
+
+    /// Have the snapshot looked after before the volume comes to rest.
+    fn list(&mut self, index: usize) {
+        let snapshot = &mut self.snapshots[index];
+        if !snapshot.listed {
+            snapshot.listed = true;
+            self.listed.push_back(snapshot.id);
+        }
+    }
+}

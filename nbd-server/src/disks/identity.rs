@@ -1,0 +1,91 @@
+//! Which file or device a path means, so that one is never used for two things.
+
+use std::ffi::OsString;
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use super::{Cause, Refusal, shown};
+
+/// What a path leads to: equal for hard links, symbolic links and device nodes
+/// that lead to the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Identity {
+    /// A regular file.
+    File { device: u64, inode: u64 },
+    /// A block device.
+    Block { number: u64 },
+    /// A file that is yet to be made, by its folder and name.
+    Missing {
+        device: u64,
+        inode: u64,
+        name: OsString,
+    },
+}
+
+impl Identity {
+    pub(super) fn of(meta: &Metadata) -> Self {
+        if meta.file_type().is_block_device() {
+            Self::Block {
+                number: meta.rdev(),
+            }
+        } else {
+            Self::File {
+                device: meta.dev(),
+                inode: meta.ino(),
+            }
+        }
+    }
+
+    pub(super) fn missing(folder: &Metadata, name: OsString) -> Self {
+        Self::Missing {
+            device: folder.dev(),
+            inode: folder.ino(),
+            name,
+        }
+    }
+}
+
+/// What a file is used for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// The origin of a volume, by its name.
+    Origin(String),
+    /// The COW store of `volume@snapshot`.
+    Cow(String),
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Origin(volume) => write!(f, "the origin of {volume}"),
+            Self::Cow(snapshot) => write!(f, "the COW store of {snapshot}"),
+        }
+    }
+}
+
+/// The files that are used so far.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    files: Vec<(Identity, Role, PathBuf)>,
+}
+
+impl Taken {
+    /// Use a file, unless it is used already.
+    pub(super) fn take(
+        &mut self,
+        identity: Identity,
+        role: Role,
+        path: &Path,
+    ) -> Result<(), Refusal> {
+        if let Some((_, role, other)) = self.files.iter().find(|(known, ..)| *known == identity) {
+            let cause = Cause::Twice {
+                other: shown(other),
+                role: role.to_string(),
+            };
+            return Err(Refusal::new(path, cause));
+        }
+        self.files.push((identity, role, path.to_owned()));
+        Ok(())
+    }
+}

@@ -1,0 +1,161 @@
+//! Opening, checking, locking and making disks and COW stores, in two halves:
+//!
+//! 1. [`inspect`] opens, locks and reads everything that was asked for and
+//!    changes nothing: what is refused is refused here, with every file as it
+//!    was.
+//! 2. [`Plan::carry_out`] makes, grows, formats and repairs. It is called when
+//!    nothing else can be refused any more; where it fails all the same (a full
+//!    disk), it takes back what it made.
+//!
+//! Called by the command line; its outcome goes to the server.
+
+mod cow;
+mod identity;
+mod make;
+mod open;
+mod refusal;
+mod signature;
+mod store_io;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use nbdsnap_engine::StoreKind;
+
+use crate::server::setup::{OpenDisk, OpenVolume};
+use cow::PlannedCow;
+use identity::{Role, Taken};
+
+pub use refusal::{Cause, Refusal, shown};
+
+/// A volume that shall be served.
+#[derive(Clone, Debug)]
+pub struct VolumeRequest {
+    /// The export's name.
+    pub name: String,
+    /// The origin: a file or a block device.
+    pub path: PathBuf,
+    /// Nothing may change, on the origin or on any store.
+    pub read_only: bool,
+    /// Its snapshots.
+    pub snapshots: Vec<SnapshotRequest>,
+}
+
+/// A snapshot of it.
+#[derive(Clone, Debug)]
+pub struct SnapshotRequest {
+    /// The part after the `@`.
+    pub name: String,
+    /// The COW store.
+    pub cow: PathBuf,
+    /// P, PO or N.
+    pub kind: StoreKind,
+    /// The chunk size of a store that is to be made, in bytes, as it was asked for.
+    pub chunk: Option<u64>,
+    /// How large a file may grow, in bytes.
+    pub size: Option<u64>,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Make a store even where something else is.
+    pub format: bool,
+}
+
+/// What [`inspect`] found: everything open and locked, and what is to be done.
+#[derive(Debug)]
+pub struct Plan {
+    volumes: Vec<PlannedVolume>,
+    notes: Vec<Note>,
+}
+
+#[derive(Debug)]
+struct PlannedVolume {
+    name: String,
+    disk: OpenDisk,
+    read_only: bool,
+    snapshots: Vec<PlannedSnapshot>,
+}
+
+#[derive(Debug)]
+struct PlannedSnapshot {
+    name: String,
+    read_only: bool,
+    kind: StoreKind,
+    cow: PlannedCow,
+}
+
+/// Something that the operator should hear once everything is in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// What was asked for is not quite what happens.
+    Warning(String),
+    /// As it should be.
+    Info(String),
+}
+
+/// Everything open, locked and made.
+#[derive(Debug)]
+pub struct Opened {
+    /// What to serve.
+    pub volumes: Vec<OpenVolume>,
+    /// What to tell.
+    pub notes: Vec<Note>,
+    /// Files of transient stores that were empty before; see [`Scratch`].
+    pub scratch: Vec<Scratch>,
+}
+
+/// The file of a transient store that began empty. What it holds means nothing
+/// once the server has stopped, so that [`Scratch::discard`] empties it again
+/// and the same command line works the next time.
+#[derive(Debug)]
+pub struct Scratch {
+    path: PathBuf,
+    file: File,
+}
+
+impl Scratch {
+    /// Empty the file. Call it when nobody uses the store any more.
+    pub fn discard(self) -> std::io::Result<()> {
+        tracing::debug!(path = %self.path.display(), "emptying the transient store");
+        self.file.set_len(0)
+    }
+}
+
+/// Open, lock and check everything, changing nothing.
+pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
+    let mut taken = Taken::default();
+    let mut notes = Vec::new();
+    // All origins first: a store that is somebody's origin is then refused by
+    // that name, whatever the order of the arguments.
+    let mut origins = Vec::new();
+    for request in requests {
+        let disk = open::origin(&request, &mut taken)?;
+        origins.push((request, disk));
+    }
+    let mut volumes = Vec::new();
+    for (request, disk) in origins {
+        let mut snapshots = Vec::new();
+        for wanted in &request.snapshots {
+            let role = Role::Cow(format!("{}@{}", request.name, wanted.name));
+            let found = open::cow(&wanted.cow, request.read_only, role, &mut taken)?;
+            let origin = cow::Origin {
+                disk: &disk,
+                read_only: request.read_only,
+            };
+            snapshots.push(PlannedSnapshot {
+                name: wanted.name.clone(),
+                read_only: wanted.read_only || request.read_only,
+                kind: wanted.kind,
+                cow: cow::plan(wanted, &origin, found, &mut notes)?,
+            });
+        }
+        volumes.push(PlannedVolume {
+            name: request.name,
+            disk,
+            read_only: request.read_only,
+            snapshots,
+        });
+    }
+    Ok(Plan { volumes, notes })
+}

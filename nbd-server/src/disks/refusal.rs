@@ -1,0 +1,191 @@
+//! Why a disk or a store is not served: one line that names the path, the cause
+//! and what can be done. The wording of the command line lives here.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nbdsnap_engine::{DiskError, OpenError};
+use nbdsnap_format::ChunkSizeError;
+use rustix::io::Errno;
+
+use crate::cli::size;
+
+/// A path and why it is refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {cause}", shown(path))]
+pub struct Refusal {
+    /// As it was given.
+    pub path: PathBuf,
+    /// Why.
+    pub cause: Cause,
+}
+
+impl Refusal {
+    /// `path` is refused for `cause`.
+    pub fn new(path: &Path, cause: Cause) -> Self {
+        Self {
+            path: path.to_owned(),
+            cause,
+        }
+    }
+
+    /// Something that was done to `path` failed in the operating system.
+    pub(super) fn io(path: &Path, doing: &'static str, error: &io::Error) -> Self {
+        let errno = Errno::from_io_error(error);
+        let cause = match errno {
+            Some(Errno::NOENT) => Cause::Missing,
+            Some(Errno::NOTDIR) => Cause::NotAFolder,
+            Some(Errno::ACCESS | Errno::PERM) => Cause::Permission(doing),
+            Some(Errno::ROFS) => Cause::ReadOnlyFileSystem,
+            Some(Errno::BUSY) => Cause::Busy,
+            Some(Errno::NOSPC | Errno::DQUOT) => Cause::NoSpace(doing),
+            _ => Cause::System {
+                doing,
+                error: io::Error::other(error.to_string()),
+            },
+        };
+        Self::new(path, cause)
+    }
+
+    /// The same for an operation that the engine asked for.
+    pub(super) fn disk(path: &Path, doing: &'static str, error: DiskError) -> Self {
+        match error {
+            DiskError::NoSpace => Self::new(path, Cause::NoSpace(doing)),
+            DiskError::Io(errno) => Self::io(path, doing, &io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+/// Why a path is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// Nothing is there.
+    #[error("no such file or device")]
+    Missing,
+    /// A store cannot be made there.
+    #[error("the folder {0} does not exist: make it first")]
+    NoFolder(String),
+    /// A part of the path is no folder.
+    #[error("a part of this path is not a folder")]
+    NotAFolder,
+    /// A symbolic link to nothing.
+    #[error("a symbolic link to a path that does not exist: name the target itself")]
+    DanglingLink,
+    /// A directory.
+    #[error("is a directory: name a disk image or a block device")]
+    Directory,
+    /// A FIFO, a socket or a character device.
+    #[error("is a {0}: name a disk image or a block device")]
+    NotADisk(&'static str),
+    /// EACCES or EPERM.
+    #[error(
+        "permission denied ({0}): change the permissions or the user; --read-only needs no more than reading"
+    )]
+    Permission(&'static str),
+    /// EROFS.
+    #[error("lies on a read-only file system: serve it with --read-only")]
+    ReadOnlyFileSystem,
+    /// EBUSY from a block device.
+    #[error(
+        "the device is in use (mounted, served by another server, or a part of another device): free it first, or serve it with --read-only"
+    )]
+    Busy,
+    /// Somebody else holds its lock.
+    #[error(
+        "is already open in another server or locked by another program: stop that one first ('fuser -v' names it)"
+    )]
+    Locked,
+    /// It was replaced between the look at it and its opening.
+    #[error("was replaced while it was being opened: try again")]
+    Replaced,
+    /// The same file has another part in the same command.
+    #[error("is the same file as {other}, {role}: each disk and each COW store needs its own")]
+    Twice {
+        /// The path it was given before.
+        other: String,
+        /// What it is there.
+        role: String,
+    },
+    /// An empty origin.
+    #[error("has a size of 0: there is nothing to serve")]
+    Empty,
+    /// An origin that does not end on a sector.
+    #[error(
+        "has a size of {0} bytes, which is no multiple of 512: pad it, for example with 'truncate -s %512'"
+    )]
+    NotSectors(u64),
+    /// An impossible `chunk=`.
+    #[error("{0}: use a power of two from 1 sector (1s) to 1G")]
+    Chunk(ChunkSizeError),
+    /// A chunk size that a disk cannot do.
+    #[error("chunk size {} is smaller than the logical block size {block} of {disk}: use chunk={block} or more", size::show(*chunk))]
+    ChunkBelowBlock {
+        /// In bytes.
+        chunk: u64,
+        /// The disk.
+        disk: String,
+        /// Its logical block size.
+        block: u32,
+    },
+    /// Something that is not a store lies where one is to be made.
+    #[error(
+        "holds something else, not a store ({0}): nothing was changed; add ',format' to overwrite it"
+    )]
+    Foreign(String),
+    /// A header that only a store can have, but no usable one.
+    #[error("holds {0}; nothing was changed: use another path, or add ',format' to overwrite it")]
+    Header(String),
+    /// A store that cannot be used.
+    #[error(
+        "holds a damaged store: {0}; nothing was changed: use another path, or delete it if it is of no more use"
+    )]
+    Store(OpenError),
+    /// A persistent store where a transient one is to be.
+    #[error(
+        "holds a persistent store: a transient one does not overwrite it; drop 'transient' to open it, use another path, or add ',format'"
+    )]
+    Persistent,
+    /// Not enough room for a store.
+    #[error("has room for {} chunks of {}, a store needs {needed}: give it more room, or use a smaller chunk=", found, size::show(*chunk))]
+    TooSmall {
+        /// Chunks there are.
+        found: u64,
+        /// Chunks needed.
+        needed: u64,
+        /// Bytes in a chunk.
+        chunk: u64,
+    },
+    /// `size=` for a block device.
+    #[error("is a block device and as large as it is: leave 'size=' out")]
+    SizeOfDevice,
+    /// A store is to be made while serving read-only.
+    #[error("holds no store, and --read-only makes none: name an existing store")]
+    ReadOnlyMakes,
+    /// A transient store while serving read-only.
+    #[error("a transient snapshot writes to its COW store: it cannot be served with --read-only")]
+    ReadOnlyTransient,
+    /// ENOSPC.
+    #[error("no space left on its file system ({0})")]
+    NoSpace(&'static str),
+    /// Anything else.
+    #[error("{doing}: {error}")]
+    System {
+        /// What was tried.
+        doing: &'static str,
+        /// How it ended.
+        error: io::Error,
+    },
+}
+
+/// A path on one line, whatever characters it is made of.
+pub fn shown(path: &Path) -> String {
+    let mut line = String::new();
+    for character in path.to_string_lossy().chars() {
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
+    }
+    line
+}

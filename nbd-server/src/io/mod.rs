@@ -1,0 +1,35 @@
+//! Disks and sockets: the threads that own the volumes, and the only place
+//! where system calls on the data path are made.
+//!
+//! A [`Shard`] is one thread with the volumes that live on it, their clients'
+//! sockets and their disks. The way of a request, file by file: `poller` says
+//! that a socket is ready; `connection` reads it and `nbd::transmission` turns
+//! the bytes into calls; `hosted` serves what can be served at once (a read from
+//! the page cache, a write that needs no copy) and hands the rest to the engine;
+//! then it performs the operations that the engine wants, here when `disk` says
+//! that this needs no waiting, else in `helpers`, whose results come back
+//! through the `mailbox`; replies gather in the connection's outbox and leave in
+//! small batches, so that the client works while the rest is being made.
+//!
+//! Nothing on a shard's thread waits for a disk or a client. That is the rule
+//! behind every decision here.
+
+mod block_status;
+mod connection;
+mod disk;
+pub mod file;
+mod helpers;
+mod hosted;
+mod mailbox;
+mod pace;
+mod poller;
+mod shard;
+pub(crate) mod sys;
+mod table;
+
+pub use hosted::{HostedStatus, NewDisk, NewSnapshot, NewVolume, Views};
+pub use shard::{NewConnection, Shard};
+
+/// Names a volume within a server. Never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VolumeId(pub u32);

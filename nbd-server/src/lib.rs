@@ -1,0 +1,8 @@
+//! The NBD server of nbdsnap: the command line, what it opens, and what serves it.
+
+pub mod cli;
+pub mod client;
+pub mod disks;
+pub mod io;
+pub mod nbd;
+pub mod server;

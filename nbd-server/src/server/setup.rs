@@ -1,0 +1,72 @@
+//! What the command line hands to the server: everything opened, checked,
+//! locked and bound, so that starting to serve can no longer be refused.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use nbdsnap_engine::Store;
+
+/// A disk or COW store that is open, locked and of known size.
+#[derive(Debug)]
+pub struct OpenDisk {
+    /// The open file or block device; its lock lives as long as it does.
+    pub file: File,
+    /// Where it was found, for messages.
+    pub path: PathBuf,
+    /// Bytes.
+    pub bytes: u64,
+    /// A block device (it cannot grow, and has a logical block size).
+    pub is_block_device: bool,
+    /// The smallest unit of I/O that it takes: 512 for a file.
+    pub logical_block: u32,
+}
+
+/// A snapshot that is to be served.
+#[derive(Debug)]
+pub struct OpenSnapshot {
+    /// The part after the `@`.
+    pub name: String,
+    /// Its COW store's device.
+    pub disk: OpenDisk,
+    /// Its exceptions.
+    pub store: Store,
+    /// True if the store was made just now: its instant is still to be taken.
+    pub fresh: bool,
+    /// Writes are refused with EPERM.
+    pub read_only: bool,
+}
+
+/// A volume that is to be served: the export `name` and one `name@snapshot` each.
+#[derive(Debug)]
+pub struct OpenVolume {
+    /// The export's name.
+    pub name: String,
+    /// The origin.
+    pub disk: OpenDisk,
+    /// Writes to the origin are refused with EPERM, and nothing changes on any device.
+    pub read_only: bool,
+    /// Its snapshots.
+    pub snapshots: Vec<OpenSnapshot>,
+}
+
+/// A socket that is bound and listens.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket and its path, removed at the end.
+    Unix(UnixListener, PathBuf),
+}
+
+/// All that the server needs.
+#[derive(Debug)]
+pub struct Setup {
+    /// The volumes.
+    pub volumes: Vec<OpenVolume>,
+    /// Where clients come from.
+    pub listeners: Vec<Listener>,
+    /// Volume threads.
+    pub threads: usize,
+}

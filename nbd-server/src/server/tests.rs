@@ -1,0 +1,302 @@
+//! A server inside the test's own process, with real files and sockets, through
+//! the project's own client.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nbdsnap_engine::{
+    Access, Action, DiskError, Outcome, Store, StoreIo, StoreKind, StoreSize, StoreSpec,
+};
+use nbdsnap_format::ChunkSize;
+use tempfile::TempDir;
+
+use super::setup::{Listener, OpenDisk, OpenSnapshot, OpenVolume, Setup};
+use super::{RunningServer, ServerError};
+use crate::client::{Answer, Client};
+use crate::io::file::{Medium, perform};
+use crate::nbd::uri::ListenAddr;
+use crate::nbd::wire::{NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_EPERM};
+
+const DISK: usize = 8 << 20;
+
+struct StoreFile<'a>(&'a File);
+
+impl StoreIo for StoreFile<'_> {
+    fn act(&mut self, action: Action) -> Outcome {
+        perform(self.0, Medium::Store, &action)
+    }
+
+    fn keep_copy(&mut self, area: u64, _bytes: &[u8]) -> Result<(), DiskError> {
+        panic!("area {area} of a store that was closed in order is torn");
+    }
+}
+
+/// A disk image and a store in a folder, and the socket they are served on.
+struct Place {
+    folder: TempDir,
+}
+
+impl Place {
+    /// A disk of random-looking bytes, its last quarter a hole.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Self { folder };
+        let disk = File::create(place.path("disk")).unwrap();
+        disk.write_all_at(&content(), 0).unwrap();
+        disk.set_len(DISK as u64).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn client(&self, export: &str) -> Client {
+        let address = ListenAddr::Unix(self.path("sock"));
+        let client = Client::connect(&address.uri(export)).unwrap();
+        client.set_timeout(Some(Duration::from_mins(1))).unwrap();
+        client
+    }
+
+    /// Serve the disk with its snapshot, new if it has none yet.
+    fn serve(&self, read_only: bool) -> RunningServer {
+        let store_path = self.path("cow");
+        let fresh = !store_path.exists();
+        let store_file = open(&store_path);
+        let size = |ready| StoreSize {
+            ready,
+            limit: 64 << 20,
+            step: 1 << 20,
+        };
+        let mut io = StoreFile(&store_file);
+        let kind = StoreKind::Persistent;
+        let store = if fresh {
+            perform(&store_file, Medium::Store, &Action::Grow { to: 1 << 20 }).unwrap();
+            let chunk_size = ChunkSize::from_bytes(16384).unwrap();
+            let spec = StoreSpec {
+                kind,
+                chunk_size,
+                size: size(1 << 20),
+            };
+            Store::create(spec, &mut io).unwrap()
+        } else {
+            let ready = store_file.metadata().unwrap().len();
+            let access = if read_only {
+                Access::ReadOnly
+            } else {
+                Access::ReadWrite
+            };
+            Store::open(kind, size(ready), DISK as u64, access, &mut io).unwrap()
+        };
+        let sock = self.path("sock");
+        let listener = UnixListener::bind(&sock).unwrap();
+        let volume = OpenVolume {
+            name: "disk".into(),
+            disk: open_disk(&self.path("disk")),
+            read_only,
+            snapshots: vec![OpenSnapshot {
+                name: "then".into(),
+                disk: open_disk(&store_path),
+                store,
+                fresh,
+                read_only: false,
+            }],
+        };
+        let setup = Setup {
+            volumes: vec![volume],
+            listeners: vec![Listener::Unix(listener, sock)],
+            threads: 2,
+        };
+        RunningServer::start(setup).unwrap()
+    }
+
+    fn bytes_of(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap()
+    }
+}
+
+fn open(path: &Path) -> File {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    options.open(path).unwrap()
+}
+
+fn open_disk(path: &Path) -> OpenDisk {
+    let file = open(path);
+    OpenDisk {
+        bytes: file.metadata().unwrap().len(),
+        file,
+        path: path.into(),
+        is_block_device: false,
+        logical_block: 512,
+    }
+}
+
+/// What the disk holds before anybody writes, but for the hole at its end.
+fn content() -> Vec<u8> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 56) as u8
+    };
+    (0..DISK * 3 / 4).map(|_| next()).collect()
+}
+
+fn read_all(client: &mut Client) -> Vec<u8> {
+    client.read(0, DISK as u32).unwrap()
+}
+
+#[test]
+fn a_snapshot_stays_while_the_origin_changes_and_through_a_restart() {
+    let place = Place::new();
+    let mut before = content();
+    before.resize(DISK, 0);
+    let mut after = before.clone();
+    let server = place.serve(false);
+    let names: Vec<_> = server
+        .exports()
+        .iter()
+        .map(|export| export.name.clone())
+        .collect();
+    assert_eq!(names, ["disk", "disk@then"]);
+    let mut origin = place.client("");
+    // Across chunks, within one, into the hole, and one larger than what is
+    // done on the volume's own thread.
+    for (offset, len, byte) in [
+        (100, 40_000, 1),
+        (200_000, 5, 2),
+        (DISK - 9, 9, 3),
+        (1 << 20, 1 << 20, 4),
+    ] {
+        origin
+            .write(offset as u64, &vec![byte; len], byte == 2)
+            .unwrap();
+        after[offset..offset + len].fill(byte);
+    }
+    origin.write_zeroes(3 << 20, 100_000, 0).unwrap();
+    after[3 << 20..(3 << 20) + 100_000].fill(0);
+    origin.flush().unwrap();
+    assert!(read_all(&mut origin) == after);
+    let mut then = place.client("disk@then");
+    assert!(read_all(&mut then) == before);
+    then.write(5000, b"a fork", false).unwrap();
+    before[5000..5006].copy_from_slice(b"a fork");
+    assert!(read_all(&mut then) == before);
+    assert!(read_all(&mut origin) == after);
+    server.stop().unwrap();
+    assert!(!place.path("sock").exists());
+    assert!(place.bytes_of("disk") == after);
+
+    let server = place.serve(false);
+    assert!(read_all(&mut place.client("disk@then")) == before);
+    assert!(read_all(&mut place.client("disk")) == after);
+    server.stop().unwrap();
+}
+
+#[test]
+fn read_only_means_that_not_a_byte_changes() {
+    let place = Place::new();
+    let server = place.serve(false);
+    place.client("").write(0, &vec![1; 100_000], false).unwrap();
+    server.stop().unwrap();
+    let (disk, store) = (place.bytes_of("disk"), place.bytes_of("cow"));
+
+    let server = place.serve(true);
+    for export in ["disk", "disk@then"] {
+        let mut client = place.client(export);
+        let refused = client.write(0, b"x", true).unwrap_err();
+        assert_eq!(refused.errno(), Some(NBD_EPERM));
+        client.flush().unwrap();
+        read_all(&mut client);
+    }
+    server.stop().unwrap();
+    assert!(place.bytes_of("disk") == disk);
+    assert!(place.bytes_of("cow") == store);
+}
+
+#[test]
+fn what_is_not_cached_is_read_too() {
+    let place = Place::new();
+    let server = place.serve(false);
+    let disk = File::open(place.path("disk")).unwrap();
+    disk.sync_all().unwrap();
+    let mut client = place.client("disk@then");
+    let expected = content();
+    for block in 0..100usize {
+        // Only sometimes does the kernel let go of a page: both ways are right.
+        rustix::fs::fadvise(&disk, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let at = block * 45_007;
+        let len = 1 + block * 97;
+        assert!(client.read(at as u64, len as u32).unwrap() == expected[at..at + len]);
+    }
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_client_that_never_reads_holds_up_nobody() {
+    let place = Place::new();
+    let server = place.serve(false);
+    let mut deaf = place.client("disk");
+    for _ in 0..200 {
+        deaf.queue(NBD_CMD_READ, 0, 0, 1 << 20, &[]);
+    }
+    deaf.flush_out().unwrap();
+    let mut other = place.client("disk");
+    for block in 0..500u64 {
+        other.read(block * 4096, 4096).unwrap();
+        other.write(block * 4096, &[7; 512], false).unwrap();
+    }
+    // Nor the server's end.
+    server.stop().unwrap();
+}
+
+#[test]
+fn replies_come_for_all_that_was_sent_before_a_half_close() {
+    let place = Place::new();
+    let server = place.serve(false);
+    let mut client = place.client("disk");
+    let mut cookies = std::collections::BTreeSet::new();
+    for block in 0..50u64 {
+        cookies.insert(client.queue_write(block * 50_000, &[block as u8; 10_000], block % 7 == 0));
+        cookies.insert(client.queue_read(block * 70_000, 20_000));
+        cookies.insert(client.queue(NBD_CMD_BLOCK_STATUS, 0, 0, DISK as u32, &[]));
+    }
+    cookies.insert(client.queue_flush());
+    client.flush_out().unwrap();
+    client.stream().shutdown(std::net::Shutdown::Write).unwrap();
+    while !cookies.is_empty() {
+        let reply = client.recv_reply().unwrap();
+        assert!(cookies.remove(&reply.cookie));
+        if let Answer::Extents(extents) = reply.result.unwrap() {
+            assert!(extents.last().unwrap().is_hole());
+        }
+    }
+    assert!(
+        client.recv_reply().is_err(),
+        "the server closes after the last reply"
+    );
+    server.stop().unwrap();
+}
+
+#[test]
+fn names_that_cannot_be_served_are_refused_before_anything_happens() {
+    let place = Place::new();
+    let volume = || OpenVolume {
+        name: "twice".into(),
+        disk: open_disk(&place.path("disk")),
+        read_only: true,
+        snapshots: Vec::new(),
+    };
+    let setup = Setup {
+        volumes: vec![volume(), volume()],
+        listeners: Vec::new(),
+        threads: 1,
+    };
+    let refused = RunningServer::start(setup).unwrap_err();
+    assert!(matches!(refused, ServerError::Catalog(_)), "{refused}");
+}

@@ -1,0 +1,28 @@
+//! What the suites under `tests/kernel/` stand on: a virtual machine with the
+//! kernel's own dm-snapshot, and the means to play the same requests there and
+//! on nbdsnap.
+//!
+//! - [`machine`]: Debian's kernel and an initial RAM disk, made once and kept,
+//! - [`vm`]: boots it with disks and a script, and takes in what the script says,
+//! - [`slices`]: many small devices on one disk,
+//! - [`play`]: requests from a seed, played on devices or on NBD exports,
+//! - [`exports`]: what nbdsnap shows of an origin and its stores.
+//!
+//! A boot costs some seconds of processor time, since nothing but emulation can
+//! be counted on: suites do many cases in each.
+
+pub mod exports;
+pub mod machine;
+pub mod play;
+pub mod slices;
+pub mod vm;
+
+/// The seed of a test, printed with the command that plays it again: from
+/// `NBDSNAP_SEED`, else a new one.
+pub fn seed(suite: &str, test: &str) -> u64 {
+    let seed = crate::harness::random::seed(test);
+    println!(
+        "again: NBDSNAP_SEED={seed} cargo test --release --package nbdsnap-tests --test {suite} {test}"
+    );
+    seed
+}

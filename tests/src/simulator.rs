@@ -1,0 +1,322 @@
+//! A run of the crash simulator: a seed picks a plan, and the engine lives
+//! through traffic and crashes on simulated disks, with the model watching.
+//!
+//! A run is a chain of processes. Each opens the stores that the last one left
+//! behind (the power may fail there too), is compared with the model view by
+//! view, serves traffic, and ends in a power cut, a kill, or a close. The same
+//! seed always plays the same run.
+
+pub mod ledger;
+mod operations;
+mod recovery;
+mod requests;
+mod traffic;
+mod verdict;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use nbdsnap_engine::disk::sim::Faults;
+use nbdsnap_engine::law::{Law, Mutant};
+use nbdsnap_engine::{
+    Access, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Volume, VolumeConfig,
+};
+
+use self::ledger::{Ledger, Tally};
+use self::recovery::Made;
+use self::traffic::Session;
+use self::world::{Phase, World, say};
+use crate::model::Crash;
+use crate::workload::Ask;
+
+/// The engine did what it must not, or did not what it must.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation(pub String);
+
+/// What is tested: the engine, or one with a rule broken.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Checks {
+    /// The rule to break.
+    pub mutant: Mutant,
+    /// Print every step.
+    pub told: bool,
+}
+
+/// What a run found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What went wrong, if something did.
+    pub violation: Option<Violation>,
+    /// The hash of every device's content after each power cut.
+    pub images: Vec<u64>,
+    /// What was met.
+    pub ledger: Ledger,
+}
+
+/// Crashes in a run.
+pub const CRASHES: u64 = 3;
+
+impl Checks {
+    fn law(self) -> Law {
+        Law::broken(self.mutant)
+    }
+
+    fn volume(self, config: VolumeConfig) -> Volume {
+        let mut volume = Volume::new(config);
+        volume.set_law(self.law());
+        volume
+    }
+
+    fn create(
+        self,
+        spec: StoreSpec,
+        io: &mut dyn StoreIo,
+    ) -> Result<Store, nbdsnap_engine::DiskError> {
+        Store::create_under(self.law(), spec, io)
+    }
+
+    fn open(
+        self,
+        kind: StoreKind,
+        size: StoreSize,
+        origin_bytes: u64,
+        access: Access,
+        io: &mut dyn StoreIo,
+    ) -> Result<Store, OpenError> {
+        Store::open_under(self.law(), kind, size, origin_bytes, access, io)
+    }
+
+    /// Play the run of a seed.
+    pub fn run(self, seed: u64) -> Report {
+        let mut world = World::new(seed, CRASHES, self.told);
+        let played = catch_unwind(AssertUnwindSafe(|| self.play(&mut world)));
+        let violation = match played {
+            Ok(Ok(())) => None,
+            Ok(Err(violation)) => Some(violation),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+                Some(Violation(format!("panic: {}", text.unwrap_or_default())))
+            }
+        };
+        Report {
+            violation,
+            images: world.images,
+            ledger: world.ledger,
+        }
+    }
+
+    fn play(self, world: &mut World) -> Result<(), Violation> {
+        // The first process begins as after a kill: nothing is lost, nothing is new.
+        let mut last = Crash::Kill;
+        loop {
+            let Some(mut session) = self.recover(world, last)? else {
+                // The power failed during recovery.
+                last = Crash::Power;
+                continue;
+            };
+            if session.world.crashes_left == 0 {
+                return Self::finish(session);
+            }
+            let half_made = session.traffic(self)?;
+            let mut closed = false;
+            if half_made.is_none() && session.world.rng.chance(1, 8) {
+                session.close()?;
+                closed = session.closed == Some(true);
+            }
+            last = Self::end_process(session, half_made.is_some(), closed);
+            if let Some(index) = half_made {
+                let blank = world.slots[index].was_blank;
+                world.look_at_half_made(index, blank, self)?;
+            }
+        }
+    }
+
+    /// The process ends by a crash.
+    fn end_process(session: Session<'_>, half_made: bool, closed: bool) -> Crash {
+        let idle = session.in_flight() == 0;
+        let growing = session.is_growing();
+        let Session { world, .. } = session;
+        world.crashes_left -= 1;
+        if growing {
+            world.ledger.count(Tally::GrowthLost);
+        }
+        let kill = !half_made && world.rng.chance(world.plan.kills, 16);
+        let tally = match () {
+            () if half_made => Tally::CrashCreation,
+            () if kill => Tally::Killed,
+            () if closed => Tally::CrashAfterClose,
+            () => Tally::PowerCut,
+        };
+        world.ledger.count(tally);
+        if idle {
+            world.ledger.count(Tally::CrashIdle);
+        }
+        let crash = if kill { Crash::Kill } else { Crash::Power };
+        say!(world, "-- {crash:?}");
+        world.crash(crash);
+        crash
+    }
+
+    /// The last process: everything is quiet, and closes.
+    fn finish(mut session: Session<'_>) -> Result<(), Violation> {
+        let cells = session.world.all_cells();
+        session.hand_in(None, cells, Ask::Read)?;
+        session.settle()?;
+        session.close()?;
+        if session.closed != Some(true) {
+            return Err(Violation("the last close failed".into()));
+        }
+        Ok(())
+    }
+
+    /// Open what a crash left behind and compare it. `None` if the power failed meanwhile.
+    fn recover(self, world: &mut World, crash: Crash) -> Result<Option<Session<'_>>, Violation> {
+        world.set_faults(Faults::default());
+        if crash == Crash::Power {
+            world.check_origin_disk(crash)?;
+        }
+        if world.rng.chance(1, 8) {
+            self.look_without_writing(world, crash)?;
+        }
+        let mut fails = (world.crashes_left > 0 && world.clock > 1 && world.rng.chance(1, 4))
+            .then(|| world.rng.below(8));
+        let mut stores = Vec::new();
+        for index in 0..world.slots.len() {
+            let phase = world.slots[index].phase;
+            if phase == Phase::Absent {
+                continue;
+            }
+            if phase == Phase::Creating {
+                self.adopt(world, index, crash, &mut stores)?;
+                continue;
+            }
+            world.check_store(index)?;
+            let steps = if world.rng.chance(1, 2) {
+                fails.take()
+            } else {
+                None
+            };
+            match world.open_store(index, Access::ReadWrite, self, steps)? {
+                Made::PowerFailed => {
+                    world.crash_in_recovery();
+                    return Ok(None);
+                }
+                Made::Refused(why) => {
+                    return Err(Violation(format!(
+                        "store {index} is refused after a crash: {why}"
+                    )));
+                }
+                Made::Store(store) => {
+                    world.judge_opened(index, &store)?;
+                    world.slots[index].recount();
+                    stores.push((index, store));
+                }
+            }
+        }
+        let mut session = Session::new(world, self);
+        for (index, store) in stores {
+            session.attach(index, store);
+        }
+        session.compare_views(crash)?;
+        session.compare_status()?;
+        Ok(Some(session))
+    }
+
+    /// Serve everything read-only, which must show the same and write nothing.
+    fn look_without_writing(self, world: &mut World, crash: Crash) -> Result<(), Violation> {
+        let mut stores = Vec::new();
+        for index in 0..world.slots.len() {
+            if !world.slots[index].is_attached() {
+                continue;
+            }
+            match world.open_store(index, Access::ReadOnly, self, None)? {
+                Made::Store(store) => {
+                    world.judge_opened(index, &store)?;
+                    world.ledger.count(Tally::ReopenedReadOnly);
+                    stores.push((index, store));
+                }
+                Made::Refused(why) => {
+                    return Err(Violation(format!(
+                        "store {index} is refused after a crash: {why}"
+                    )));
+                }
+                Made::PowerFailed => unreachable!("the power holds while nothing is written"),
+            }
+        }
+        let mut session = Session::new(world, self);
+        for (index, store) in stores {
+            session.attach(index, store);
+        }
+        session.compare_views(crash)?;
+        for slot in &mut world.slots {
+            slot.id = None;
+        }
+        Ok(())
+    }
+
+    /// A snapshot that was not announced before the crash: mostly it is dropped.
+    /// If its store is empty it may as well become a snapshot of the origin as it is now.
+    fn adopt(
+        self,
+        world: &mut World,
+        index: usize,
+        crash: Crash,
+        stores: &mut Vec<(usize, Store)>,
+    ) -> Result<(), Violation> {
+        world.ledger.count(Tally::CreateUndone);
+        let keep = crash == Crash::Power && world.rng.chance(1, 2);
+        let opened = if keep {
+            Some(world.open_store(index, Access::ReadWrite, self, None)?)
+        } else {
+            None
+        };
+        world.slots[index].clear();
+        let Some(opened) = opened else { return Ok(()) };
+        let Made::Store(store) = opened else {
+            return Err(Violation(format!(
+                "store {index} was made and is refused after a crash"
+            )));
+        };
+        if store.exception_count() == 0 && !store.is_invalid() {
+            world.ledger.count(Tally::CreateAdopted);
+            let slot = &mut world.slots[index];
+            slot.phase = Phase::Active;
+            slot.view = world.model.clone();
+            slot.recount();
+            stores.push((index, store));
+        }
+        Ok(())
+    }
+}
+
+impl Session<'_> {
+    /// Read every view whole and compare it with what the crash may have left.
+    fn compare_views(&mut self, crash: Crash) -> Result<(), Violation> {
+        for index in 0..=self.world.slots.len() {
+            let slot = index.checked_sub(1);
+            match slot.map(|i| (self.world.slots[i].phase, self.world.slots[i].id)) {
+                Some((Phase::Active | Phase::Overflowed, Some(_))) | None => {}
+                _ => continue,
+            }
+            let lossy = slot.map_or(self.world.lossy, |i| self.world.slots[i].lossy);
+            let crash = if lossy && crash == Crash::Kill {
+                Crash::KillAfterError
+            } else {
+                crash
+            };
+            let found = self.read_whole(slot)?;
+            let now = self.world.tick();
+            let model = self.view_model(slot);
+            if let Err(wrong) = model.check_after(crash, now, &found) {
+                let what = format!("the {} after a {crash:?} crash", requests::name(slot));
+                return Err(self.world.violation(&what, &wrong));
+            }
+            if let Some(i) = slot {
+                self.world.slots[i].may_be_invalid = false;
+                self.world.slots[i].doomed = false;
+            }
+        }
+        Ok(())
+    }
+}

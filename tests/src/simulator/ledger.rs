@@ -1,0 +1,140 @@
+//! What the runs met: a count for each kind of operation and outcome, so that a
+//! search that never tears an area or never fills a store cannot pass for one
+//! that did.
+
+macro_rules! tallies {
+    ($($name:ident $text:literal,)*) => {
+        /// Something that is counted.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Tally {
+            $(
+                #[doc = $text]
+                $name,
+            )*
+        }
+
+        impl Tally {
+            /// All of them, in the order of the table.
+            pub const ALL: &'static [(Self, &'static str)] = &[$((Self::$name, $text),)*];
+        }
+    };
+}
+
+tallies! {
+    OriginRead "origin: read",
+    OriginWrite "origin: write",
+    OriginFua "origin: write, zero or trim with FUA",
+    OriginZero "origin: write zeroes",
+    OriginTrim "origin: trim",
+    OriginFlush "origin: flush",
+    SnapshotRead "snapshot: read",
+    SnapshotWholeChunk "snapshot: write of a whole chunk",
+    SnapshotPartChunk "snapshot: write of part of a chunk",
+    SnapshotFua "snapshot: write, zero or trim with FUA",
+    SnapshotZero "snapshot: write zeroes",
+    SnapshotTrim "snapshot: trim",
+    SnapshotFlush "snapshot: flush",
+    UnalignedToSector "request that splits a sector",
+    Overlapping "write handed in while an overlapping one was unanswered",
+    PastEnd "request past the end, refused",
+    FastOnlyRefused "fast zero, refused",
+    FastRead "read around the queue",
+    FastWrite "origin: write around the queue",
+    FastSnapshotWrite "snapshot: write around the queue",
+    FastDeclined "fast way declined",
+    Mapped "block map compared",
+    CreateBegun "snapshot creation begun",
+    Created "snapshot created under traffic",
+    CreatedEmptyHanded "snapshot created with nothing else going on",
+    CreatedTogether "snapshot ordered while another is being created",
+    HeldByCreation "origin write held by a creation",
+    DrainedByCreation "origin write drained by a creation",
+    CreateUndone "crash before a creation was announced",
+    CreateAdopted "store of an unannounced snapshot found empty and attached",
+    TransientCreated "transient snapshot created",
+    TransientGone "transient snapshot gone by a crash",
+    FirstOriginWrite "origin write that needs a copy",
+    TailCopy "fractional tail chunk that needs a copy",
+    VolatileCommitted "origin write over a volatile exception",
+    AreaSectorCrossed "list of exceptions that crossed a multiple of 32",
+    WideCommit "group of exceptions that spans sectors of an area",
+    AreaFilled "list of exceptions that crossed an area",
+    Grown "store grown",
+    GrowthLost "growth interrupted by a crash",
+    TrimActed "trim that zeroed",
+    TrimIgnored "trim without effect",
+    InvalidByFull "invalid: no space for an origin write",
+    InvalidBySnapshotWrite "invalid: no space for a snapshot write",
+    InvalidByError "invalid: an injected error",
+    Unmarked "invalid, and its store could not be marked so",
+    InvalidFound "invalid store found on open",
+    InvalidRefused "request refused by an invalid snapshot",
+    Overflow "overflow of a PO store",
+    OverflowRefused "write refused by an overflowed snapshot",
+    OverflowReopened "overflowed snapshot active again after a crash",
+    OriginFlushFailed "origin flush failed by an injected error",
+    FlushLatched "flush refused after a failed flush",
+    FailedByError "request failed by an injected error",
+    PowerCut "power cut under traffic",
+    Killed "process killed under traffic",
+    CrashIdle "crash with nothing in flight",
+    CrashRecovery "power cut during recovery",
+    CrashCreation "power cut while a store was made",
+    CreationHalfMade "half-made store refused",
+    CreationWhole "store made just before a power cut found empty",
+    Torn "torn area scrubbed",
+    TornReadOnly "torn area left alone by a read-only open",
+    Reopened "persistent store reopened and compared",
+    ReopenedReadOnly "store opened read-only and compared, nothing written",
+    Closed "volume closed",
+    RefusedClosing "request refused while closing",
+    CrashAfterClose "power cut after a close",
+    Status "status compared with the count of exceptions",
+    Checked "store checked for findings",
+}
+
+/// The counts.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    counts: Vec<u64>,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self {
+            counts: vec![0; Tally::ALL.len()],
+        }
+    }
+}
+
+impl Ledger {
+    /// One more.
+    pub fn count(&mut self, tally: Tally) {
+        self.counts[tally as usize] += 1;
+    }
+
+    /// All that another ledger has.
+    pub fn add(&mut self, other: &Self) {
+        for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
+            *mine += theirs;
+        }
+    }
+
+    /// What was never met.
+    pub fn never(&self) -> Vec<&'static str> {
+        Tally::ALL
+            .iter()
+            .filter(|(tally, _)| self.counts[*tally as usize] == 0)
+            .map(|(_, text)| *text)
+            .collect()
+    }
+}
+
+impl std::fmt::Display for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (tally, text) in Tally::ALL {
+            writeln!(f, "{:>12}  {text}", self.counts[*tally as usize])?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,218 @@
+//! Random requests to a disk and eight snapshots of it, over several connections
+//! at once: chunks of 1 sector to 1 MiB, persistent and transient stores, stores
+//! that grow and stores that fill; ended and killed and started again in between.
+//! Every view always is what its byte-array model says.
+
+#[path = "random_views/batch.rs"]
+mod batch;
+#[path = "random_views/view.rs"]
+mod view;
+
+use std::time::{Duration, Instant};
+
+use nbdsnap_format::ChunkSize;
+use nbdsnap_tests::harness::files::{folder, random_file};
+use nbdsnap_tests::harness::random::{Random, long_run, seed};
+use nbdsnap_tests::harness::server::{Serve, Server};
+
+use nbdsnap_tests::harness::wire::{Session, errno};
+use view::{Kind, Store, View};
+
+/// Not a multiple of any chunk but the smallest.
+const SIZE: u64 = 3 * 1024 * 1024 + 5 * 512;
+const BATCHES: u64 = 240;
+const REQUESTS: usize = 40;
+
+/// Name, options, kind, chunk in bytes, size of a store that is to fill.
+const SNAPSHOTS: [(&str, &str, Kind, u64, Option<u64>); 8] = [
+    ("sector", "chunk=512", Kind::P, 512, None),
+    ("small", "chunk=4K,overflow", Kind::PO, 4 << 10, None),
+    ("middle", "chunk=16K", Kind::P, 16 << 10, None),
+    (
+        "passing",
+        "chunk=64K,transient,format",
+        Kind::N,
+        64 << 10,
+        None,
+    ),
+    ("large", "chunk=1M", Kind::P, 1 << 20, None),
+    (
+        "fills",
+        "chunk=4K,size=1400K",
+        Kind::P,
+        4 << 10,
+        Some(1400 << 10),
+    ),
+    (
+        "overflows",
+        "chunk=8K,size=2M,overflow",
+        Kind::PO,
+        8 << 10,
+        Some(2 << 20),
+    ),
+    (
+        "passing-fills",
+        "chunk=16K,size=2M,transient,format",
+        Kind::N,
+        16 << 10,
+        Some(2 << 20),
+    ),
+];
+
+#[test]
+fn every_view_is_what_its_model_says() {
+    let seed = seed("random_views");
+    let begun = Instant::now();
+    run(seed);
+    // A long run takes new seeds until its time is over.
+    let mut more = Random::new(seed);
+    while begun.elapsed() < long_run().unwrap_or(Duration::ZERO) {
+        let seed = more.bits();
+        println!("random_views: seed {seed} (again with NBDSNAP_SEED={seed})");
+        run(seed);
+    }
+}
+
+fn run(seed: u64) {
+    let mut random = Random::new(seed);
+    let folder = folder();
+    let disk = folder.path().join("disk.img");
+    let content = random_file(&disk, SIZE as usize, &mut random);
+    let mut serve = Serve::on_socket_in(folder.path());
+    serve.disk("disk", &disk);
+    let mut views = vec![View::new("disk", None, content.clone())];
+    for (name, options, kind, chunk, size) in SNAPSHOTS {
+        let export = format!("disk@{name}");
+        serve.snapshot(
+            &export,
+            &folder.path().join(format!("{name}.cow")),
+            &format!(",{options}"),
+        );
+        let chunk = ChunkSize::from_bytes(chunk).expect("a chunk size");
+        views.push(View::new(
+            &export,
+            Some(Store { kind, chunk, size }),
+            content.clone(),
+        ));
+    }
+
+    let mut server = start(&serve, &mut views);
+    for batch in 0..BATCHES {
+        // Begin in a small part, where requests meet, and widen.
+        let span = (SIZE * (batch + 20) / (BATCHES + 20)).max(1 << 16);
+        batch::perform(&mut views, &mut random, REQUESTS, span);
+        if batch % 60 == 59 {
+            server = restart(server, &serve, &mut views, batch % 120 == 59);
+        }
+    }
+    for view in &mut views {
+        view.check_all();
+        view.sessions.clear();
+    }
+    server.stop();
+    for name in ["fills", "overflows"] {
+        let (_, _, _, _, size) = SNAPSHOTS[SNAPSHOTS
+            .iter()
+            .position(|s| s.0 == name)
+            .expect("a snapshot")];
+        assert!(
+            length_of(&folder.path().join(format!("{name}.cow"))) <= size.expect("a limit"),
+            "{name} grew past its size"
+        );
+    }
+}
+
+/// A store's file grows with what is copied into it, to its `size=` and no
+/// further, and goes on growing after a restart.
+#[test]
+fn a_store_grows_as_it_needs() {
+    const MIB: u64 = 1 << 20;
+    let folder = folder();
+    let (disk, free, limited) = (
+        folder.path().join("disk.img"),
+        folder.path().join("free.cow"),
+        folder.path().join("limited.cow"),
+    );
+    let before = random_file(&disk, 48 * MIB as usize, &mut Random::new(3));
+    let mut serve = Serve::on_socket_in(folder.path());
+    serve
+        .disk("disk", &disk)
+        .snapshot("disk@free", &free, ",chunk=16K")
+        .snapshot("disk@limited", &limited, ",chunk=16K,size=20M");
+    let mut server = serve.start();
+    let mut lengths = vec![length_of(&free)];
+    for piece in 0..48 {
+        let mut origin = Session::open(&server.address(), "disk").expect("a connection");
+        let data = vec![piece as u8; MIB as usize];
+        assert_eq!(
+            origin.write(piece * MIB, &data).expect("a reply"),
+            Ok(Vec::new())
+        );
+        lengths.push(length_of(&free));
+        assert!(length_of(&limited) <= 20 * MIB, "size=20M was not kept");
+        if piece % 16 == 15 {
+            drop(origin);
+            server.stop();
+            server = serve.start();
+        }
+    }
+    let mut snapshot = Session::open(&server.address(), "disk@free").expect("a connection");
+    assert!(
+        snapshot.read_all().expect("replies") == Ok(before),
+        "the snapshot"
+    );
+    let mut lost = Session::open(&server.address(), "disk@limited").expect("a connection");
+    assert_eq!(
+        lost.read(0, 512).expect("a reply"),
+        Err(errno::EIO),
+        "48 MiB do not fit into 20"
+    );
+    server.stop();
+    assert!(lengths.is_sorted(), "the store shrank: {lengths:?}");
+    lengths.dedup();
+    assert!(
+        lengths.len() > 2,
+        "the store did not grow in steps: {lengths:?}"
+    );
+    let last = lengths.last().copied().unwrap_or(0);
+    assert!(
+        (48 * MIB..56 * MIB).contains(&last),
+        "the store of 48 MiB of chunks has {last} bytes"
+    );
+}
+
+fn length_of(path: &std::path::Path) -> u64 {
+    path.metadata().expect("a store").len()
+}
+
+fn start(serve: &Serve, views: &mut [View]) -> Server {
+    let server = serve.start();
+    for view in views {
+        let connections = if view.store.is_none() { 3 } else { 2 };
+        view.connect(&server.address(), connections);
+    }
+    server
+}
+
+fn disconnect(views: &mut [View]) {
+    for view in views {
+        view.sessions.clear();
+    }
+}
+
+/// End the server, one way or the other, start it again and look at everything.
+fn restart(server: Server, serve: &Serve, views: &mut [View], kill: bool) -> Server {
+    if kill {
+        server.kill();
+    } else {
+        disconnect(views);
+        server.stop();
+    }
+    let server = start(serve, views);
+    let origin = views[0].model.clone();
+    for view in views {
+        view.reopened(&origin);
+        view.check_all();
+    }
+    server
+}
