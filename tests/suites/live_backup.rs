@@ -134,7 +134,9 @@ fn snapshots_of_four_chunk_sizes_outlive_writes_restarts_and_kills() {
     });
     assert!(writer.is_running(), "fio ended before the kill");
     server.kill();
-    let _ = writer.finish().failed();
+    // What fio makes of a server that vanished is its own affair: some of its
+    // versions poll a dead connection for ever.
+    drop(writer);
 
     let server = backup.serve.start();
     backup.check_snapshots(&server);
