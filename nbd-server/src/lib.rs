@@ -6,3 +6,4 @@ pub mod disks;
 pub mod io;
 pub mod nbd;
 pub mod server;
+pub mod state;

@@ -1,0 +1,113 @@
+//! The list of a disk: the stores that must see every write to it.
+//!
+//! It is judged before a disk is served writable ([`Attached::judge`]); each
+//! finding is a reason to refuse, unless the operator gives the word that goes
+//! with it. A disk that is served read-only needs no list and changes none.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::seal;
+
+/// How a store on the list stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mark {
+    /// It has seen every write since its instant.
+    Attached,
+    /// It is being merged into the disk: the disk alone is a mixture.
+    Merging,
+    /// It has missed a write, and its own header could not be made to say so.
+    Lost,
+}
+
+/// A store on the list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedStore {
+    /// What the snapshot was called, for messages.
+    pub snapshot: String,
+    /// Where the store is, absolute.
+    #[serde(with = "seal::path")]
+    pub cow: PathBuf,
+    /// How it stands.
+    pub mark: Mark,
+}
+
+/// The list of a disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// In the order in which they joined.
+    pub stores: Vec<AttachedStore>,
+}
+
+/// A store with which a disk is to be served.
+#[derive(Clone, Copy, Debug)]
+pub struct Offered<'a> {
+    /// Absolute.
+    pub cow: &'a Path,
+    /// A persistent store that is there and valid; not one that is to be made.
+    pub is_old: bool,
+    /// The operator says that it has seen every write to the disk.
+    pub adopted: bool,
+}
+
+/// Something that stands in the way of writing to a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// A store of the disk is not among those offered.
+    Missing(AttachedStore),
+    /// The same, of a store that is being merged: no word helps.
+    MissingMerge(AttachedStore),
+    /// A store that was used before is not on the list: it may be stale.
+    Unlisted(PathBuf),
+    /// A store that is known to be stale.
+    Lost(AttachedStore),
+}
+
+impl Attached {
+    /// What is wrong with serving the disk with these stores, and without those
+    /// that the operator gives up.
+    pub fn judge(&self, offered: &[Offered<'_>], given_up: &[PathBuf]) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for store in &self.stores {
+            let offer = offered.iter().find(|offer| offer.cow == store.cow);
+            match (store.mark, offer) {
+                (Mark::Merging, None) => findings.push(Finding::MissingMerge(store.clone())),
+                (Mark::Attached, None) if !given_up.contains(&store.cow) => {
+                    findings.push(Finding::Missing(store.clone()));
+                }
+                (Mark::Lost, Some(offer)) if offer.is_old => {
+                    findings.push(Finding::Lost(store.clone()));
+                }
+                _ => {}
+            }
+        }
+        let listed = |cow: &Path| self.stores.iter().any(|store| store.cow == cow);
+        let unlisted = offered
+            .iter()
+            .filter(|offer| offer.is_old && !offer.adopted && !listed(offer.cow));
+        findings.extend(unlisted.map(|offer| Finding::Unlisted(offer.cow.to_owned())));
+        findings
+    }
+
+    /// The store at this path.
+    pub fn find(&self, cow: &Path) -> Option<&AttachedStore> {
+        self.stores.iter().find(|store| store.cow == cow)
+    }
+
+    /// What both name: a store that is about to join or to leave is on it, and
+    /// what `self` says of one that both have counts.
+    #[must_use]
+    pub fn with(&self, other: &Self) -> Self {
+        let mut stores = self.stores.clone();
+        stores.extend(
+            other
+                .stores
+                .iter()
+                .filter(|store| self.find(&store.cow).is_none())
+                .cloned(),
+        );
+        Self { stores }
+    }
+}

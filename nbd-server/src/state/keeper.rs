@@ -1,0 +1,340 @@
+//! Leads every change of what a server has through the steps of the module's
+//! page, and settles at a start what a crash interrupted.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::attached::{Attached, Mark};
+use super::files::{self, FileIdentity, Files};
+use super::place;
+use super::record::{Intent, IntentFile, IntentList, State};
+use super::seal::{self, SealError};
+
+const ATTACHED: &str = "attached";
+const STATE: &str = "state";
+const INTENT: &str = "intent";
+
+/// A record that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The operating system refused.
+    #[error("{path}: {doing}: {error}", path = path.display())]
+    System {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried.
+        doing: &'static str,
+        /// The answer.
+        error: io::Error,
+    },
+    /// It is not what it should be.
+    #[error("{path}: {error}; nothing was changed{advice}", path = path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: SealError,
+        /// What can be done.
+        advice: &'static str,
+    },
+}
+
+fn system(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> StateError {
+    move |error| StateError::System {
+        path: path.to_owned(),
+        doing,
+        error,
+    }
+}
+
+/// How a disk's list is found: [`place::list_of`], or what a test says.
+pub type Locate = fn(&Path, Option<&Path>) -> io::Result<PathBuf>;
+
+/// The records of one server.
+#[derive(Debug)]
+pub struct Keeper<F> {
+    files: F,
+    /// The folder of `--state`, locked by the caller.
+    folder: Option<PathBuf>,
+    locate: Locate,
+    state: State,
+}
+
+/// A change under way, between [`Keeper::begin`] and [`Keeper::finish`] or
+/// [`Keeper::abandon`].
+#[derive(Debug)]
+#[must_use = "a change is finished or abandoned"]
+pub struct Change {
+    old: State,
+    next: State,
+    intent: Intent,
+    /// Whether the state may have been replaced.
+    tried: bool,
+}
+
+impl Change {
+    /// The name under which the file that belongs at `path` is to be made, with
+    /// the identity that it keeps when it is renamed.
+    pub fn made_as(&self, path: &Path) -> Option<PathBuf> {
+        let mut files = self.intent.files.iter();
+        files.find(|file| file.path == path)?.made_as()
+    }
+}
+
+impl<F: Files> Keeper<F> {
+    /// Read what there is, and settle what a crash interrupted. `folder` exists
+    /// and is this server's alone; without one only lists are kept.
+    pub fn open(files: F, folder: Option<PathBuf>) -> Result<Self, StateError> {
+        Self::open_with(files, folder, place::list_of)
+    }
+
+    pub(super) fn open_with(
+        files: F,
+        folder: Option<PathBuf>,
+        locate: Locate,
+    ) -> Result<Self, StateError> {
+        let mut keeper = Self {
+            files,
+            folder,
+            locate,
+            state: State::default(),
+        };
+        if let Some(folder) = keeper.folder.clone() {
+            let advice = "; move it away to begin without what it knew";
+            let state = keeper.read(&folder.join(STATE), STATE, advice)?;
+            keeper.state = state.unwrap_or_default();
+            let advice = "; move it away once you have looked at what it names";
+            if let Some(intent) = keeper.read(&folder.join(INTENT), INTENT, advice)? {
+                keeper.settle(&intent)?;
+            }
+        }
+        Ok(keeper)
+    }
+
+    /// What the server has, as far as it is recorded.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The list of a disk that exists; an empty one if there is none.
+    pub fn list(&self, disk: &Path) -> Result<Attached, StateError> {
+        let path = self.list_path(disk)?;
+        let advice = "; if you are sure of the disk's stores, move it away";
+        Ok(self.read(&path, ATTACHED, advice)?.unwrap_or_default())
+    }
+
+    /// Where that list is or would be.
+    pub fn list_path(&self, disk: &Path) -> Result<PathBuf, StateError> {
+        (self.locate)(disk, self.folder.as_deref())
+            .map_err(system(disk, "finding the list of its stores"))
+    }
+
+    /// Begin the change to `next`. `files` are those that it makes (their
+    /// identity is told by [`Keeper::made`]) or gives up. Afterwards files may be
+    /// made; no store may miss a write yet that did not miss it before.
+    pub fn begin(&mut self, next: State, files: Vec<IntentFile>) -> Result<Change, StateError> {
+        // A volume that leaves the server leaves its disk's list as it is: the
+        // stores still belong to the disk.
+        let mut lists = Vec::new();
+        let before = self.state.lists();
+        for (&disk, list) in &next.lists() {
+            if before.get(disk) != Some(list) {
+                lists.push(IntentList {
+                    disk: disk.to_owned(),
+                    list: self.list_path(disk)?,
+                });
+            }
+        }
+        let change = Change {
+            old: self.state.clone(),
+            next,
+            intent: Intent { lists, files },
+            tried: false,
+        };
+        self.write_intent(&change.intent)?;
+        if let Err(error) = self.join_lists(&change) {
+            // The first error is the one to tell of.
+            let _ = self.abandon(change);
+            return Err(error);
+        }
+        Ok(change)
+    }
+
+    /// The file that belongs at `path` was made under its first name
+    /// ([`Change::made_as`]): from here on a crash takes it away again wherever it
+    /// is, and it may be given its own name.
+    pub fn made(&mut self, change: &mut Change, path: &Path) -> Result<(), StateError> {
+        for file in &mut change.intent.files {
+            if file.path == path
+                && let Some(made_as) = file.made_as()
+            {
+                file.identity = self
+                    .files
+                    .identify(&made_as)
+                    .map_err(system(&made_as, "looking at it"))?;
+            }
+        }
+        self.write_intent(&change.intent)
+    }
+
+    /// The state takes effect. When this returns, stores that have left their
+    /// lists may miss writes, those that joined must not. If it fails the change
+    /// is to be abandoned.
+    pub fn commit(&mut self, change: &mut Change) -> Result<(), StateError> {
+        change.tried = true;
+        self.write_state(&change.next)?;
+        self.state = change.next.clone();
+        self.settle_lists(&change.intent)
+    }
+
+    /// Everything that follows from the commit has happened: delete what was
+    /// given up, and forget the intent.
+    pub fn finish(&mut self, change: Change) -> Result<(), StateError> {
+        let Change { intent, .. } = change;
+        self.delete_files(&intent)?;
+        self.forget_intent()
+    }
+
+    /// Back to how it was before: lists, state, and files that were made.
+    pub fn abandon(&mut self, change: Change) -> Result<(), StateError> {
+        if change.tried {
+            self.write_state(&change.old)?;
+        }
+        self.state = change.old;
+        self.settle_lists(&change.intent)?;
+        self.delete_files(&change.intent)?;
+        self.forget_intent()
+    }
+
+    /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
+    pub fn mark_lost(&mut self, disk: &Path, cow: &Path) -> Result<(), StateError> {
+        let path = self.list_path(disk)?;
+        let mut list = self.list(disk)?;
+        for store in &mut list.stores {
+            if store.cow == cow {
+                store.mark = Mark::Lost;
+            }
+        }
+        self.write_list(&path, &list)
+    }
+
+    fn settle(&mut self, intent: &Intent) -> Result<(), StateError> {
+        self.settle_lists(intent)?;
+        self.delete_files(intent)?;
+        self.forget_intent()
+    }
+
+    /// Every list names what it named and what it will name.
+    fn join_lists(&mut self, change: &Change) -> Result<(), StateError> {
+        let wanted = change.next.lists();
+        for IntentList { disk, list } in &change.intent.lists {
+            let now = self.read_list(list)?;
+            let both = match wanted.get(disk.as_path()) {
+                Some(wanted) => now.with(wanted),
+                None => now,
+            };
+            self.write_list(list, &both)?;
+        }
+        Ok(())
+    }
+
+    /// Every list says what the state says; a store that is lost stays lost.
+    fn settle_lists(&mut self, intent: &Intent) -> Result<(), StateError> {
+        for IntentList { disk, list } in &intent.lists {
+            let now = self.read_list(list)?;
+            let mut lists = self.state.lists();
+            let mut wanted = lists.remove(disk.as_path()).unwrap_or_default();
+            for store in &mut wanted.stores {
+                if now.find(&store.cow).is_some_and(|s| s.mark == Mark::Lost) {
+                    store.mark = Mark::Lost;
+                }
+            }
+            self.write_list(list, &wanted)?;
+        }
+        Ok(())
+    }
+
+    /// Delete the files of an intent that no snapshot of the state names, as far
+    /// as they are the ones that were meant.
+    fn delete_files(&mut self, intent: &Intent) -> Result<(), StateError> {
+        for file in &intent.files {
+            if let Some(made_as) = file.made_as()
+                && self.identify(&made_as)?.is_some()
+            {
+                self.delete(&made_as)?;
+            }
+            let is_named = self.state.cows().contains(file.path.as_path());
+            if !is_named && file.identity.is_some() && self.identify(&file.path)? == file.identity {
+                self.delete(&file.path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn identify(&self, path: &Path) -> Result<Option<FileIdentity>, StateError> {
+        let identity = self.files.identify(path);
+        identity.map_err(system(path, "looking at it"))
+    }
+
+    fn delete(&mut self, path: &Path) -> Result<(), StateError> {
+        files::remove(&mut self.files, path).map_err(system(path, "deleting it"))
+    }
+
+    fn read<T: serde::de::DeserializeOwned>(
+        &self,
+        path: &Path,
+        what: &'static str,
+        advice: &'static str,
+    ) -> Result<Option<T>, StateError> {
+        let bytes = self.files.read(path).map_err(system(path, "reading it"))?;
+        let record = bytes.map(|bytes| seal::decode(what, &bytes)).transpose();
+        record.map_err(|error| StateError::Record {
+            path: path.to_owned(),
+            error,
+            advice,
+        })
+    }
+
+    fn read_list(&self, path: &Path) -> Result<Attached, StateError> {
+        let advice = "; if you are sure of the disk's stores, move it away";
+        Ok(self.read(path, ATTACHED, advice)?.unwrap_or_default())
+    }
+
+    /// An empty list is no file.
+    fn write_list(&mut self, path: &Path, list: &Attached) -> Result<(), StateError> {
+        if self.read_list(path)? == *list {
+            return Ok(());
+        }
+        if list.stores.is_empty() {
+            return files::remove(&mut self.files, path).map_err(system(path, "deleting it"));
+        }
+        let bytes = seal::encode(ATTACHED, list);
+        files::replace(&mut self.files, path, &bytes).map_err(system(path, "writing it"))
+    }
+
+    fn write_state(&mut self, state: &State) -> Result<(), StateError> {
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        let path = folder.join(STATE);
+        let bytes = seal::encode(STATE, state);
+        files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
+    }
+
+    fn write_intent(&mut self, intent: &Intent) -> Result<(), StateError> {
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        let path = folder.join(INTENT);
+        let bytes = seal::encode(INTENT, intent);
+        files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
+    }
+
+    fn forget_intent(&mut self) -> Result<(), StateError> {
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        let path = folder.join(INTENT);
+        files::remove(&mut self.files, &path).map_err(system(&path, "deleting it"))
+    }
+}

@@ -1,0 +1,44 @@
+//! What outlives a server: which stores a disk has, and what was created while
+//! it ran.
+//!
+//! Two kinds of records, each a small file that is written anew and renamed
+//! into place ([`seal`] gives its form, [`files`] the steps):
+//!
+//! - **The list of a disk** ([`attached`]), beside it. It names the stores that
+//!   must see every write to the disk. A store joins it before its instant and
+//!   leaves it, durably, before it misses a write; so a store that is not on the
+//!   list may be stale, and a disk must not be written without one that is
+//!   (durability.md, rule 7). It also holds the mark of a merge that has begun
+//!   (rule 12) and that of a store whose own header could not be marked (rule 6).
+//! - **The state of a server** ([`record`]), in the folder of `--state`: its
+//!   volumes and snapshots. Beside it, while something changes, an intent.
+//!
+//! # One change, in its order
+//!
+//! [`keeper::Keeper`] leads every change through the same steps, so that a crash
+//! at any moment leaves the old or the new, never a mixture:
+//!
+//! 1. the intent: which disks' lists and which files this is about;
+//! 2. lists that name more than before (a store is about to join);
+//! 3. files are made, and identified in the intent before anything is in them;
+//! 4. the state: its rename is the commit;
+//! 5. lists that name less (a store may miss writes from now on);
+//! 6. files that were given up are deleted;
+//! 7. the intent goes.
+//!
+//! What a crash interrupted is settled at the next start by one rule, before or
+//! after the commit alike: the lists of the disks in the intent are made to say
+//! what the state says, and the files in it that no snapshot of the state names
+//! are deleted, if they are still the ones that were identified.
+//!
+//! Without `--state` there are only the lists, and each disk's rename commits
+//! its own.
+
+pub mod attached;
+pub mod files;
+pub mod keeper;
+pub mod place;
+pub mod record;
+pub mod seal;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,200 @@
+//! The records of a state folder: what a server has, and what it is about to do.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::attached::{Attached, AttachedStore, Mark};
+use super::files::{FileIdentity, beside};
+use super::seal;
+
+/// P, PO or N, as it is written in records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// P.
+    Persistent,
+    /// PO.
+    Overflow,
+    /// N.
+    Transient,
+}
+
+/// What an origin write does that finds a store full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Full {
+    /// It succeeds, and the snapshot is lost: the kernel's way.
+    #[default]
+    Invalidate,
+    /// It waits until there is room, or the snapshot has gone.
+    Pause,
+    /// It fails with ENOSPC.
+    Error,
+}
+
+/// How a store's limit is raised by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoExtend {
+    /// When so many percent of the store are taken ...
+    pub at_percent: u8,
+    /// ... it gets so many percent of its size more.
+    pub by_percent: u16,
+    /// Never beyond this, in bytes.
+    pub up_to: Option<u64>,
+}
+
+/// A snapshot that a server has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// The part behind the `@`.
+    pub name: String,
+    /// Its store, absolute.
+    #[serde(with = "seal::path")]
+    pub cow: PathBuf,
+    /// P, PO or N.
+    pub kind: Kind,
+    /// How far its file may grow, in bytes; none for a device.
+    pub limit: Option<u64>,
+    /// Writes to it are refused.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What happens when it is full.
+    #[serde(default)]
+    pub on_full: Full,
+    /// How it is extended by itself.
+    #[serde(default)]
+    pub auto_extend: Option<AutoExtend>,
+    /// It is being merged into its origin.
+    #[serde(default)]
+    pub merging: bool,
+}
+
+/// A volume that a server has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// The export's name.
+    pub name: String,
+    /// The origin, absolute.
+    #[serde(with = "seal::path")]
+    pub disk: PathBuf,
+    /// Nothing may change on it or its stores.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The origin is only read, and other volumes may have the same; stores are written.
+    #[serde(default)]
+    pub shared: bool,
+    /// In the order in which they were taken.
+    pub snapshots: Vec<SnapshotRecord>,
+}
+
+/// All that a server has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// In the order in which they came.
+    pub volumes: Vec<VolumeRecord>,
+}
+
+impl State {
+    /// What the list of each disk has to say, if this state is true. A transient
+    /// store is on no list, since nothing of it outlives a server; a disk that is
+    /// served read-only has none that this server may write.
+    pub fn lists(&self) -> BTreeMap<&Path, Attached> {
+        let mut lists = BTreeMap::<&Path, Attached>::new();
+        for volume in self.volumes.iter().filter(|volume| !volume.read_only) {
+            let stores = volume
+                .snapshots
+                .iter()
+                .filter(|snapshot| snapshot.kind != Kind::Transient)
+                .map(SnapshotRecord::attached);
+            lists.entry(&volume.disk).or_default().stores.extend(stores);
+        }
+        lists
+    }
+
+    /// Every store that a snapshot names.
+    pub fn cows(&self) -> BTreeSet<&Path> {
+        self.volumes
+            .iter()
+            .flat_map(|volume| &volume.snapshots)
+            .map(|snapshot| snapshot.cow.as_path())
+            .collect()
+    }
+}
+
+impl SnapshotRecord {
+    fn attached(&self) -> AttachedStore {
+        AttachedStore {
+            snapshot: self.name.clone(),
+            cow: self.cow.clone(),
+            mark: if self.merging {
+                Mark::Merging
+            } else {
+                Mark::Attached
+            },
+        }
+    }
+}
+
+/// A file that a change makes or gives up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntentFile {
+    /// Where.
+    #[serde(with = "seal::path")]
+    pub path: PathBuf,
+    /// Which file that is; none as long as it is still to be made.
+    pub identity: Option<FileIdentity>,
+    /// What stands behind `path` in the name under which it is made: a name that
+    /// nobody else would choose, so that whatever has it is ours.
+    pub making: Option<String>,
+}
+
+impl IntentFile {
+    /// A file that is to be made at `path`, where nothing is.
+    pub fn to_make(path: PathBuf) -> Self {
+        let random = RandomState::new().hash_one(&path);
+        Self {
+            path,
+            identity: None,
+            making: Some(format!(".{random:016x}.new")),
+        }
+    }
+
+    /// A file that is given up.
+    pub fn given_up(path: PathBuf, identity: FileIdentity) -> Self {
+        Self {
+            path,
+            identity: Some(identity),
+            making: None,
+        }
+    }
+
+    /// The name under which it is made.
+    pub fn made_as(&self) -> Option<PathBuf> {
+        self.making
+            .as_ref()
+            .map(|suffix| beside(&self.path, suffix))
+    }
+}
+
+/// What a change is about: enough to settle it after a crash.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// The disks whose lists change, with where those lists are.
+    pub lists: Vec<IntentList>,
+    /// Files that belong to nobody if no snapshot of the state names them.
+    pub files: Vec<IntentFile>,
+}
+
+/// A list that a change is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntentList {
+    /// The disk.
+    #[serde(with = "seal::path")]
+    pub disk: PathBuf,
+    /// Its list.
+    #[serde(with = "seal::path")]
+    pub list: PathBuf,
+}
