@@ -2,7 +2,9 @@
 
 pub mod cli;
 pub mod client;
+pub mod control;
 pub mod disks;
 pub mod io;
+pub mod names;
 pub mod nbd;
 pub mod server;

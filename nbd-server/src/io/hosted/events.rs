@@ -13,6 +13,7 @@ impl Hosted {
                 if let Some(arrival) = &mut self.arrival {
                     arrival.missing.retain(|missing| missing != id);
                 }
+                self.hold_created(*id);
             }
             Event::CreateFailed(id) => {
                 let export = self.export(*id);
@@ -21,6 +22,7 @@ impl Hosted {
                     let _ = arrival.report.send(Err(export));
                 }
                 self.stores.remove(id);
+                self.hold_failed(*id);
             }
             Event::Invalid(id, why) => tracing::warn!(
                 export = self.export(*id),
