@@ -34,6 +34,7 @@ pub use cow::Origin;
 pub use identity::Taken;
 pub use live::{Deed, Made, SnapshotPlan, default_cow};
 pub use refusal::{Cause, Refusal, shown};
+pub(crate) use store_io::sync_folder_of;
 
 /// A volume that shall be served.
 #[derive(Clone, Debug)]

@@ -1,8 +1,10 @@
-//! Who is attached to the volumes of a shard.
+//! Orders as a shard's thread executes them, as far as they concern clients: who
+//! is attached to its volumes, and who has to go.
 
 use nbdsnap_engine::View;
 
 use super::VolumeId;
+use super::hosted::VolumeOrder;
 use super::shard::Worker;
 
 /// A client in transmission.
@@ -21,6 +23,38 @@ pub struct ClientStatus {
 }
 
 impl Worker {
+    /// Give a volume its order. If the volume has gone, so has whoever would answer.
+    pub(super) fn execute(&mut self, volume: VolumeId, order: VolumeOrder) {
+        let Some(hosted) = self.volumes.get_mut(&volume) else {
+            return;
+        };
+        let leaving = match &order {
+            VolumeOrder::Remove { snapshot, .. } => Some(View::Snapshot(*snapshot)),
+            VolumeOrder::Hold { .. } | VolumeOrder::Take { .. } | VolumeOrder::Abandon { .. } => {
+                None
+            }
+        };
+        hosted.handle_order(order);
+        self.touch_volume(volume);
+        if let Some(view) = leaving {
+            self.dismiss(volume, view);
+        }
+    }
+
+    /// Hear no more from the clients of a view: what they have sent is answered,
+    /// then they are disconnected.
+    fn dismiss(&mut self, volume: VolumeId, view: View) {
+        for key in self.clients.table.keys() {
+            if let Some(connection) = self.clients.table.get_mut(key)
+                && connection.volume == volume
+                && connection.view == view
+            {
+                connection.end_input();
+                self.clients.touch(key);
+            }
+        }
+    }
+
     /// All clients, in no particular order.
     pub(super) fn census(&mut self) -> Vec<ClientStatus> {
         let mut clients = Vec::new();

@@ -306,12 +306,7 @@ impl Worker {
                     // Whoever asked may have given up.
                     let _ = report.send(statuses);
                 }
-                Message::Order(volume, order) => {
-                    if let Some(hosted) = self.volumes.get_mut(&volume) {
-                        hosted.handle_order(order);
-                        self.touch_volume(volume);
-                    }
-                }
+                Message::Order(volume, order) => self.execute(volume, order),
                 Message::Census(report) => {
                     let _ = report.send(self.census());
                 }
@@ -320,7 +315,7 @@ impl Worker {
         }
     }
 
-    fn touch_volume(&mut self, id: VolumeId) {
+    pub(super) fn touch_volume(&mut self, id: VolumeId) {
         if !self.touched_volumes.contains(&id) {
             self.touched_volumes.push(id);
         }

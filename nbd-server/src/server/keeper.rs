@@ -35,8 +35,9 @@ pub trait Keeper: Send + std::fmt::Debug {
     /// What [`Keeper::before_make`] announced has been taken back.
     fn abandon(&mut self, snapshots: &[Kept]);
 
-    /// The store is about to miss its first write: it must not be served any more.
-    fn forget(&mut self, snapshot: &Kept) -> Result<(), KeeperError>;
+    /// The stores are about to miss their first write: they must not be served
+    /// any more. All of them or none.
+    fn forget(&mut self, snapshots: &[Kept]) -> Result<(), KeeperError>;
 
     /// The origin is about to read as the snapshot: a restart goes on with that.
     fn merge_begins(&mut self, snapshot: &Kept) -> Result<(), KeeperError>;
@@ -60,7 +61,7 @@ impl Keeper for Forgetful {
 
     fn abandon(&mut self, _: &[Kept]) {}
 
-    fn forget(&mut self, _: &Kept) -> Result<(), KeeperError> {
+    fn forget(&mut self, _: &[Kept]) -> Result<(), KeeperError> {
         Ok(())
     }
 

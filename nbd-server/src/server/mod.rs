@@ -252,7 +252,10 @@ fn move_in(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Registry, Serve
             name: volume.name.clone(),
             id,
             shard,
-            origin: Origin::of(&volume.disk, volume.read_only),
+            origin: Origin {
+                path: registry::absolute(&volume.disk.path),
+                ..Origin::of(&volume.disk, volume.read_only)
+            },
             is_block_device: volume.disk.is_block_device,
             snapshots: Vec::new(),
         };

@@ -1,7 +1,8 @@
 //! What a server serves: its volumes and their snapshots, by name, with where
 //! each lives and what it was made with. The administrator owns it.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use nbdsnap_engine::{SnapshotId, StoreKind, View};
@@ -40,6 +41,8 @@ pub(super) struct SnapshotEntry {
     pub(super) id: SnapshotId,
     pub(super) cow: PathBuf,
     pub(super) cow_is_block_device: bool,
+    /// The store's file, by device and inode: whether the path still leads to it.
+    pub(super) cow_inode: Option<(u64, u64)>,
     pub(super) kind: StoreKind,
     pub(super) chunk_bytes: u64,
     pub(super) read_only: bool,
@@ -69,6 +72,11 @@ impl Taken {
             Self::AtStart(at) | Self::Live(at) => Some(at),
         }
     }
+}
+
+/// Whoever reads it may be in another folder.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Now, in seconds since 1970.
@@ -127,6 +135,7 @@ impl SnapshotEntry {
             id,
             cow: facts.cow,
             cow_is_block_device: facts.cow_is_block_device,
+            cow_inode: facts.cow_inode,
             kind: facts.kind,
             chunk_bytes: facts.chunk_bytes,
             read_only: facts.read_only,
@@ -144,6 +153,7 @@ pub(super) struct SnapshotFacts {
     name: String,
     cow: PathBuf,
     cow_is_block_device: bool,
+    cow_inode: Option<(u64, u64)>,
     kind: StoreKind,
     chunk_bytes: u64,
     read_only: bool,
@@ -161,8 +171,14 @@ impl SnapshotFacts {
         };
         Self {
             name: snapshot.name.clone(),
-            cow: snapshot.disk.path.clone(),
+            cow: absolute(&snapshot.disk.path),
             cow_is_block_device: snapshot.disk.is_block_device,
+            cow_inode: snapshot
+                .disk
+                .file
+                .metadata()
+                .ok()
+                .map(|meta| (meta.dev(), meta.ino())),
             kind: snapshot.store.kind(),
             chunk_bytes: snapshot.store.chunk_size().bytes(),
             read_only: snapshot.read_only,

@@ -13,7 +13,6 @@ impl Hosted {
                 if let Some(arrival) = &mut self.arrival {
                     arrival.missing.retain(|missing| missing != id);
                 }
-                self.hold_created(*id);
             }
             Event::CreateFailed(id) => {
                 let export = self.export(*id);
@@ -22,7 +21,6 @@ impl Hosted {
                     let _ = arrival.report.send(Err(export));
                 }
                 self.stores.remove(id);
-                self.hold_failed(*id);
             }
             Event::Invalid(id, why) => tracing::warn!(
                 export = self.export(*id),
@@ -41,10 +39,13 @@ impl Hosted {
             ),
             Event::Removed(id) => {
                 tracing::info!(export = self.export(*id), "snapshot removed");
-                self.stores.remove(id);
+                self.snapshot_removed(*id);
             }
-            // Nobody here orders instants of several snapshots.
-            Event::Held(_) | Event::InstantFailed(_) => {}
+            Event::Held(instant) => self.instant_held(*instant),
+            Event::InstantFailed(instant) => {
+                tracing::error!(volume = self.name, "no snapshot could be taken");
+                self.instant_failed(*instant);
+            }
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(

@@ -165,6 +165,8 @@ pub(super) struct Hosted {
     arrival: Option<Arrival>,
     /// The instant that is being taken by an order.
     hold: Option<Hold>,
+    /// Snapshots that are being removed, and whom to tell of the end.
+    leaving: BTreeMap<SnapshotId, Sender<()>>,
     /// Not a byte of any store may change.
     stores_read_only: bool,
     /// Memory for one question at a time.
@@ -221,6 +223,7 @@ impl Hosted {
             waiting: Table::new(),
             state: State::Serving,
             hold: None,
+            leaving: BTreeMap::new(),
             stores_read_only: read_only,
             arrival: Some(Arrival {
                 views,

@@ -3,7 +3,7 @@
 
 use std::sync::mpsc::Sender;
 
-use nbdsnap_engine::{SnapshotId, View};
+use nbdsnap_engine::{InstantId, SnapshotId, View};
 
 use super::{Hosted, HostedStore, NewSnapshot, State};
 use crate::io::disk::{Disk, LocalDisk};
@@ -24,13 +24,20 @@ pub enum VolumeOrder {
     },
     /// Take the instant that is held, and go on.
     Take {
-        /// Told when the snapshots are there.
-        taken: Sender<()>,
+        /// Told when the snapshots are there; false: nothing is held any more.
+        taken: Sender<bool>,
     },
     /// Give the instant up, held or not, and go on.
     Abandon {
         /// Told when the snapshots' stores are not used any more.
         abandoned: Sender<()>,
+    },
+    /// End a snapshot: its clients are told, and dropped.
+    Remove {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Told when its store is not used any more.
+        removed: Sender<()>,
     },
 }
 
@@ -46,8 +53,8 @@ pub enum NotHeld {
 /// An instant that is being prepared, or held.
 #[derive(Debug)]
 pub(super) struct Hold {
+    instant: InstantId,
     ids: Vec<SnapshotId>,
-    missing: Vec<SnapshotId>,
     held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
 }
 
@@ -57,12 +64,20 @@ impl Hosted {
         match order {
             VolumeOrder::Hold { snapshots, held } => self.hold(snapshots, held),
             VolumeOrder::Take { taken } => {
-                self.hold = None;
-                let _ = taken.send(());
+                let hold = self.hold.take();
+                let there = hold.is_some_and(|hold| self.volume.take_instant(hold.instant).is_ok());
+                let _ = taken.send(there);
             }
             VolumeOrder::Abandon { abandoned } => {
-                self.hold = None;
+                if let Some(hold) = self.hold.take() {
+                    self.volume.abandon_instant(hold.instant);
+                    self.drop_stores(&hold.ids);
+                }
                 let _ = abandoned.send(());
+            }
+            VolumeOrder::Remove { snapshot, removed } => {
+                self.volume.remove_snapshot(snapshot);
+                self.leaving.insert(snapshot, removed);
             }
         }
     }
@@ -77,17 +92,17 @@ impl Hosted {
             let _ = held.send(Err(NotHeld::Closing));
             return;
         }
-        let mut ids = Vec::new();
+        let mut stores = Vec::new();
+        let mut rest = Vec::new();
         for snapshot in snapshots {
-            let id = self.volume.create_snapshot(snapshot.store);
-            ids.push(id);
-            self.add_store(id, snapshot.name, snapshot.disk.file);
+            stores.push(snapshot.store);
+            rest.push((snapshot.name, snapshot.disk.file));
         }
-        self.hold = Some(Hold {
-            missing: ids.clone(),
-            ids,
-            held,
-        });
+        let (instant, ids) = self.volume.begin_instant(stores);
+        for (&id, (name, file)) in ids.iter().zip(rest) {
+            self.add_store(id, name, file);
+        }
+        self.hold = Some(Hold { instant, ids, held });
     }
 
     fn add_store(&mut self, id: SnapshotId, name: String, file: std::fs::File) {
@@ -99,18 +114,37 @@ impl Hosted {
         self.stores.insert(id, HostedStore { name, disk });
     }
 
-    pub(super) fn hold_created(&mut self, id: SnapshotId) {
-        if let Some(hold) = &mut self.hold {
-            hold.missing.retain(|missing| *missing != id);
-            if hold.missing.is_empty() {
-                let _ = hold.held.send(Ok(hold.ids.clone()));
-            }
+    fn drop_stores(&mut self, ids: &[SnapshotId]) {
+        for id in ids {
+            self.stores.remove(id);
         }
     }
 
-    pub(super) fn hold_failed(&mut self, id: SnapshotId) {
-        if let Some(hold) = self.hold.take_if(|hold| hold.ids.contains(&id)) {
-            let _ = hold.held.send(Err(NotHeld::FlushFailed));
+    /// The engine holds the instant.
+    pub(super) fn instant_held(&mut self, instant: InstantId) {
+        if let Some(hold) = self.hold.as_ref().filter(|hold| hold.instant == instant) {
+            let _ = hold.held.send(Ok(hold.ids.clone()));
+        }
+    }
+
+    /// It cannot be held.
+    pub(super) fn instant_failed(&mut self, instant: InstantId) {
+        if let Some(hold) = self.hold.take_if(|hold| hold.instant == instant) {
+            self.drop_stores(&hold.ids);
+            let why = if self.state == State::Serving {
+                NotHeld::FlushFailed
+            } else {
+                NotHeld::Closing
+            };
+            let _ = hold.held.send(Err(why));
+        }
+    }
+
+    /// A snapshot has left.
+    pub(super) fn snapshot_removed(&mut self, id: SnapshotId) {
+        self.stores.remove(&id);
+        if let Some(removed) = self.leaving.remove(&id) {
+            let _ = removed.send(());
         }
     }
 
@@ -118,7 +152,7 @@ impl Hosted {
     pub(in crate::io) fn has_view(&self, view: View) -> bool {
         match view {
             View::Origin => true,
-            View::Snapshot(id) => self.stores.contains_key(&id),
+            View::Snapshot(id) => self.stores.contains_key(&id) && !self.leaving.contains_key(&id),
         }
     }
 }

@@ -216,29 +216,41 @@ impl Administrator {
             failed = self.keeper.commit(kept).err().map(Refused::Keeper);
         }
         if let Some(refused) = failed {
-            self.release(&places, false);
+            self.abandon(&places);
             return Err(refused);
         }
-        self.release(&places, true);
+        self.take(&places)?;
         Ok(all)
     }
 
-    /// Take the instant that the volumes hold, or give it up; wait until they
-    /// have done so.
-    fn release(&self, places: &[(usize, VolumeId)], take: bool) {
+    /// Take the instant that the volumes hold, all of them before any answer is
+    /// waited for.
+    fn take(&self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
-            let (done, answer) = channel();
-            let order = if take {
-                VolumeOrder::Take { taken: done }
-            } else {
-                VolumeOrder::Abandon { abandoned: done }
-            };
-            self.shards[shard].order(volume, order);
+            let (taken, answer) = channel();
+            self.shards[shard].order(volume, VolumeOrder::Take { taken });
             answers.push((shard, answer));
         }
         for (shard, answer) in answers {
-            // A volume that is gone needs no release.
+            if !self.wait(shard, &answer, None)? {
+                // It was held when it said so, and only an order ends that.
+                return Err(Refused::Stopping);
+            }
+        }
+        Ok(())
+    }
+
+    /// Give the instant up, and wait until nobody uses the stores any more.
+    fn abandon(&self, places: &[(usize, VolumeId)]) {
+        let mut answers = Vec::new();
+        for &(shard, volume) in places {
+            let (abandoned, answer) = channel();
+            self.shards[shard].order(volume, VolumeOrder::Abandon { abandoned });
+            answers.push((shard, answer));
+        }
+        for (shard, answer) in answers {
+            // A volume that is gone uses nothing.
             let _ = self.wait(shard, &answer, None);
         }
     }

@@ -48,6 +48,14 @@ pub(super) enum Refused {
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]
     TooSlow,
-    #[error("this server cannot remove a snapshot while it runs")]
-    NotYet,
+    #[error(
+        "{0}: its store {1} is a block device, which cannot be deleted: leave --delete-cow out"
+    )]
+    DeleteDevice(SnapshotName, String),
+    #[error("{0} was removed, but its store {1} could not be deleted: {2}")]
+    NotDeleted(SnapshotName, String, String),
+    #[error(
+        "{0} was removed, but operations on its store have not ended within {1} seconds: is its disk stalled?"
+    )]
+    StillBusy(SnapshotName, u64),
 }
