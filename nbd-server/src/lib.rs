@@ -2,8 +2,10 @@
 
 pub mod cli;
 pub mod client;
+pub mod control;
 pub mod disks;
 pub mod io;
+pub mod names;
 pub mod nbd;
 pub mod server;
 pub mod state;

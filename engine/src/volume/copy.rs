@@ -67,6 +67,12 @@ impl CopyMemory {
     }
 }
 
+impl Job {
+    pub(super) fn is_for(&self, snapshot: SnapshotId) -> bool {
+        self.snapshot == snapshot
+    }
+}
+
 impl Volume {
     /// Allocate exceptions for up to `count` chunks from `old` on, none of which
     /// has one, and set their copy going. Answers how many were allocated: as

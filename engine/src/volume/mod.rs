@@ -15,8 +15,10 @@ mod admit;
 mod copy;
 mod drive;
 mod flush;
+mod instant;
 mod lifecycle;
 mod origin_write;
+mod removal;
 mod snapshot_write;
 pub(crate) mod task;
 #[cfg(test)]
@@ -29,14 +31,17 @@ use slab::Slab;
 use crate::disk::{Action, Device, DiskOp, OpId};
 use crate::in_flight::{RangeId, Ranges};
 use crate::law::Law;
-use crate::request::{Failure, Reply, Request, SnapshotId, View};
+use crate::request::{Failure, Reply, SnapshotId, View};
 use crate::snapshot::{Snapshot, State};
 use crate::store::Status;
 use active::{Active, RequestKey};
 use copy::{CopyMemory, Job, JobKey};
 use flush::Lane;
-use lifecycle::{Creation, Phase};
+use instant::Instant;
+use lifecycle::Phase;
 use task::{Task, TaskId, Work};
+
+pub use instant::{InstantId, NotHeld};
 
 /// A mutation is worked off in windows of this many bytes.
 const WINDOW_BYTES: u64 = 32 << 20;
@@ -75,9 +80,9 @@ pub enum Now {
 /// Something that an operator wants to hear of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The snapshot begun by [`Volume::create_snapshot`] exists: its instant has been taken.
+    /// The snapshot exists: its instant has been taken.
     Created(SnapshotId),
-    /// It could not be taken; the id is gone.
+    /// The snapshot begun by [`Volume::create_snapshot`] could not be taken; the id is gone.
     CreateFailed(SnapshotId),
     /// The snapshot was lost, for this reason.
     Invalid(SnapshotId, &'static str),
@@ -86,6 +91,13 @@ pub enum Event {
     Unmarked(SnapshotId, &'static str),
     /// A PO store is full: the snapshot can be read, but no more written.
     Overflow(SnapshotId),
+    /// The instant begun by [`Volume::begin_instant`] can be taken: nothing
+    /// changes the origin until it is, or is abandoned.
+    Held(InstantId),
+    /// It cannot be taken; its snapshots' ids are gone.
+    InstantFailed(InstantId),
+    /// The snapshot is gone, and nothing is in flight on its store.
+    Removed(SnapshotId),
     /// [`Volume::close`] has ended: nothing is in flight and all is durable
     /// (false: a flush failed).
     Closed(bool),
@@ -154,17 +166,22 @@ pub struct Volume {
     origin_writes: Ranges,
     /// Reads of the origin by snapshots' clients.
     origin_reads: Ranges,
-    /// Mutations of the origin that have not ended.
+    /// Mutations that have begun to change the origin and have not ended.
     origin_mutations: u64,
     /// Counts changes of the origin: equal numbers mean that nothing changed.
     origin_changes: u64,
     origin_flush: Lane,
     /// Snapshots to look after before the volume comes to rest.
     listed: VecDeque<SnapshotId>,
-    creations: VecDeque<Creation>,
-    /// Mutations of the origin that wait for a snapshot's instant.
-    held: VecDeque<Request>,
+    /// The first is under way.
+    instants: VecDeque<Instant>,
+    next_instant: u32,
+    /// No mutation of the origin may begin.
     holding: bool,
+    /// Mutations of the origin that would begin.
+    held: Vec<RequestKey>,
+    /// Snapshots that go when nothing is in flight for them.
+    removals: Vec<SnapshotId>,
 }
 
 impl Volume {
@@ -198,9 +215,11 @@ impl Volume {
             origin_changes: 0,
             origin_flush: Lane::default(),
             listed: VecDeque::new(),
-            creations: VecDeque::new(),
-            held: VecDeque::new(),
+            instants: VecDeque::new(),
+            next_instant: 0,
             holding: false,
+            held: Vec::new(),
+            removals: Vec::new(),
         }
     }
 
@@ -301,9 +320,10 @@ impl Volume {
         Ok(extents)
     }
 
-    /// A snapshot's status.
+    /// A snapshot's status; none once it is being removed.
     pub fn status(&self, snapshot: SnapshotId) -> Option<Status> {
-        self.snapshot(snapshot).map(Snapshot::status)
+        let snapshot = self.snapshot(snapshot)?;
+        (snapshot.state != State::Removing).then(|| snapshot.status())
     }
 
     /// Nothing is in flight or queued, and every reply has been taken.
@@ -312,8 +332,8 @@ impl Volume {
             && self.in_flight.is_empty()
             && self.runnable.is_empty()
             && self.replies.is_empty()
-            && self.held.is_empty()
-            && self.creations.is_empty()
+            && self.instants.is_empty()
+            && self.removals.is_empty()
     }
 
     /// The devices there are, the origin first.
@@ -357,9 +377,7 @@ impl Volume {
                 Ok(())
             }
             View::Snapshot(id) => match self.snapshot(id) {
-                Some(snapshot) if snapshot.state != State::Creating => {
-                    snapshot.resolve(start, end, max, extents)
-                }
+                Some(snapshot) if snapshot.is_there() => snapshot.resolve(start, end, max, extents),
                 _ => Err(Failure::NoSuchView),
             },
         }

@@ -3,13 +3,16 @@
 //! Exit statuses: 0 as asked, 1 refused or failed, 2 an argument that makes no
 //! sense. A refusal is one line on standard error that names what it is about.
 
-mod control;
 mod demo;
 mod listen;
 mod log;
+mod orders;
 mod serve;
 pub mod size;
+mod snapshot;
 mod spec;
+mod volume;
+pub mod when;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -40,6 +43,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Serve(serve::ServeArgs),
+    Snapshot(snapshot::SnapshotArgs),
+    Volume(volume::VolumeArgs),
     Demo(demo::DemoArgs),
 }
 
@@ -83,11 +88,13 @@ pub fn main() -> ExitCode {
     };
     let usual = match cli.verb {
         Verb::Serve(_) => log::Usual::Info,
-        Verb::Demo(_) => log::Usual::Warn,
+        Verb::Demo(_) | Verb::Snapshot(_) | Verb::Volume(_) => log::Usual::Warn,
     };
     log::start(usual, cli.verbosity.verbose, cli.verbosity.quiet);
     let (verb, ended) = match cli.verb {
         Verb::Serve(args) => ("serve", serve::run(args)),
+        Verb::Snapshot(args) => ("snapshot", snapshot::run(args)),
+        Verb::Volume(args) => ("volume", volume::run(&args)),
         Verb::Demo(args) => ("demo", demo::run(&args)),
     };
     match ended {

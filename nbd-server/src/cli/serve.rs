@@ -16,10 +16,9 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueHint};
 
 use super::Failure;
-use super::control::Control;
 use super::listen::{self, Bound};
 use super::spec::{self, DiskSpec, SnapshotSpec};
-use crate::disks::{self, Note, Opened, Scratch, VolumeRequest};
+use crate::disks::{self, Note, Opened, VolumeRequest};
 use crate::nbd::uri::ListenAddr;
 use crate::server;
 use crate::server::setup::{Listener, OpenVolume, Setup};
@@ -69,9 +68,9 @@ pub(super) struct ServeArgs {
     #[arg(long)]
     read_only: bool,
 
-    /// Reserve a Unix socket for orders to this server.
+    /// Take orders on the Unix socket PATH, which is made with mode 0600.
     ///
-    /// It takes none yet: it is there so that scripts and units can name it already.
+    /// 'nbdsnap snapshot' and 'nbdsnap volume' give them.
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     control: Option<PathBuf>,
 
@@ -153,8 +152,6 @@ fn snapshot_parser() -> impl TypedValueParser<Value = SnapshotSpec> {
 /// Everything that a server needs, and what is to be done around it.
 pub(super) struct Ready {
     pub(super) setup: Setup,
-    control: Option<Control>,
-    scratch: Vec<Scratch>,
     /// One line for each export.
     lines: Vec<String>,
 }
@@ -177,12 +174,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         control.map(ListenAddr::Unix).as_ref(),
         threads,
     )?;
-    let Ready {
-        setup,
-        control,
-        scratch,
-        lines,
-    } = ready;
+    let Ready { setup, lines } = ready;
     let paths = socket_paths(&setup);
     let mut served = false;
     let ended = server::run(setup, |_| {
@@ -196,23 +188,19 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
             let _ = std::fs::remove_file(path);
         }
     }
-    drop(control);
-    for file in scratch {
-        if let Err(error) = file.discard() {
-            tracing::warn!("a transient store could not be emptied: {error}");
-        }
-    }
     ended
 }
 
 fn socket_paths(setup: &Setup) -> Vec<PathBuf> {
-    let paths = setup
-        .listeners
-        .iter()
-        .filter_map(|listener| match listener {
-            Listener::Unix(_, path) => Some(path.clone()),
-            Listener::Tcp(_) => None,
-        });
+    let paths =
+        setup
+            .listeners
+            .iter()
+            .chain(&setup.control)
+            .filter_map(|listener| match listener {
+                Listener::Unix(_, path) => Some(path.clone()),
+                Listener::Tcp(_) => None,
+            });
     paths.collect()
 }
 
@@ -240,7 +228,7 @@ pub(super) fn make_ready(
     let Opened {
         volumes,
         notes,
-        scratch,
+        taken,
     } = plan.carry_out().map_err(Failure::refused)?;
     for note in notes {
         match note {
@@ -249,20 +237,17 @@ pub(super) fn make_ready(
         }
     }
     let listeners = bound.keep();
-    let control = Control::start(bound_control.keep()).map_err(Failure::refused)?;
+    let control = bound_control.keep().into_iter().next();
     let addresses: Result<Vec<ListenAddr>, _> = listeners.iter().map(listen::address_of).collect();
     let lines = lines(&volumes, &addresses.map_err(Failure::refused)?);
     let setup = Setup {
         volumes,
         listeners,
         threads,
-    };
-    Ok(Ready {
-        setup,
         control,
-        scratch,
-        lines,
-    })
+        taken,
+    };
+    Ok(Ready { setup, lines })
 }
 
 /// The URIs of every export, a line each.

@@ -9,9 +9,7 @@ use nbdsnap_engine::StoreKind;
 
 use super::size::{self, SizeError};
 use crate::disks::{SnapshotRequest, VolumeRequest, shown};
-
-/// So many bytes may a name have; `VOLUME@NAME` then always fits into NBD's 4096.
-const LONGEST_NAME: usize = 255;
+use crate::names;
 
 /// `[NAME=]DISK`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -315,22 +313,10 @@ fn checked_name(name: &OsStr) -> Result<String, SpecError> {
         why,
     };
     let text = name.to_str().ok_or_else(|| refused("is not UTF-8"))?;
-    let why = if text.is_empty() {
-        "is empty"
-    } else if text.len() > LONGEST_NAME {
-        "is longer than 255 bytes"
-    } else if text.contains('@') {
-        "contains a '@', which separates volume and snapshot"
-    } else if text.contains('/') {
-        "contains a '/'"
-    } else if text.contains('=') {
-        "contains a '=', which separates name and path"
-    } else if text.contains(char::is_control) {
-        "contains a control character"
-    } else {
-        return Ok(text.to_owned());
-    };
-    Err(refused(why))
+    match names::fault(text) {
+        None => Ok(text.to_owned()),
+        Some(why) => Err(refused(why)),
+    }
 }
 
 #[cfg(test)]

@@ -25,10 +25,28 @@ const LEAST_CHUNKS: u64 = 3;
 const GROWTH_STEP: u64 = 16 << 20;
 
 /// The origin, as a store's plan needs it.
-#[derive(Debug)]
-pub(super) struct Origin<'a> {
-    pub(super) disk: &'a OpenDisk,
-    pub(super) read_only: bool,
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// Where it is, for messages.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// The smallest unit of I/O that it takes.
+    pub logical_block: u32,
+    /// Nothing may change, on it or on any store of it.
+    pub read_only: bool,
+}
+
+impl Origin {
+    /// What plans need to know of `disk`.
+    pub fn of(disk: &OpenDisk, read_only: bool) -> Self {
+        Self {
+            path: disk.path.clone(),
+            bytes: disk.bytes,
+            logical_block: disk.logical_block,
+            read_only,
+        }
+    }
 }
 
 /// A COW store, and what is still to be done to it.
@@ -69,7 +87,7 @@ pub(super) enum Place {
 /// Decide what becomes of a COW path.
 pub(super) fn plan(
     wanted: &SnapshotRequest,
-    origin: &Origin<'_>,
+    origin: &Origin,
     found: Found,
     notes: &mut Vec<Note>,
 ) -> Result<PlannedCow, Refusal> {
@@ -108,11 +126,21 @@ fn chosen_chunk(wanted: &SnapshotRequest) -> Result<Option<ChunkSize>, Refusal> 
         .map_err(|error| Refusal::new(&wanted.cow, Cause::Chunk(error)))
 }
 
-/// Both disks must be able to do I/O of a chunk.
-fn check_chunk(path: &Path, chunk: ChunkSize, disks: &[&OpenDisk]) -> Result<(), Refusal> {
-    for disk in disks {
-        if chunk.bytes() < disk.logical_block.into() {
-            let (disk, block) = (shown(&disk.path), disk.logical_block);
+/// Both disks, the origin and, where it is open, the store's own, must be able to
+/// do I/O of a chunk.
+fn check_chunk(
+    path: &Path,
+    chunk: ChunkSize,
+    origin: &Origin,
+    store: Option<&OpenDisk>,
+) -> Result<(), Refusal> {
+    let store = store.map(|disk| (&disk.path, disk.logical_block));
+    for (disk, block) in [(&origin.path, origin.logical_block)]
+        .into_iter()
+        .chain(store)
+    {
+        if chunk.bytes() < block.into() {
+            let disk = shown(disk);
             let cause = Cause::ChunkBelowBlock {
                 chunk: chunk.bytes(),
                 disk,
@@ -127,7 +155,7 @@ fn check_chunk(path: &Path, chunk: ChunkSize, disks: &[&OpenDisk]) -> Result<(),
 /// What begins with a store's magic number.
 fn plan_store(
     wanted: &SnapshotRequest,
-    origin: &Origin<'_>,
+    origin: &Origin,
     chunk: Option<ChunkSize>,
     disk: OpenDisk,
     notes: &mut Vec<Note>,
@@ -152,7 +180,7 @@ fn plan_store(
         }
         return Err(Refusal::new(&disk.path, Cause::Persistent));
     }
-    check_chunk(&disk.path, in_header, &[origin.disk, &disk])?;
+    check_chunk(&disk.path, in_header, origin, Some(&disk))?;
     open_store(wanted, origin, chunk, in_header, disk, notes)
 }
 
@@ -175,7 +203,7 @@ fn header_chunk(disk: &OpenDisk) -> Result<ChunkSize, Cause> {
 
 fn open_store(
     wanted: &SnapshotRequest,
-    origin: &Origin<'_>,
+    origin: &Origin,
     chunk: Option<ChunkSize>,
     in_header: ChunkSize,
     disk: OpenDisk,
@@ -194,7 +222,7 @@ fn open_store(
     } else {
         let room = Room {
             wanted,
-            origin_bytes: origin.disk.bytes,
+            origin_bytes: origin.bytes,
             chunk: in_header,
             present: disk.bytes,
         };
@@ -204,7 +232,7 @@ fn open_store(
             step: step(in_header),
         }
     };
-    let origin_bytes = origin.disk.bytes;
+    let origin_bytes = origin.bytes;
     let store = Store::open(
         wanted.kind,
         size,
@@ -264,7 +292,7 @@ pub(super) fn refused(path: &Path, error: OpenError) -> Refusal {
 
 fn plan_new(
     wanted: &SnapshotRequest,
-    origin: &Origin<'_>,
+    origin: &Origin,
     chunk: Option<ChunkSize>,
     place: Place,
     notes: &mut Vec<Note>,
@@ -275,17 +303,17 @@ fn plan_new(
     let chunk = chunk.unwrap_or(ChunkSize::DEFAULT);
     let (present, is_block_device) = match &place {
         Place::Missing(_) => {
-            check_chunk(&wanted.cow, chunk, &[origin.disk])?;
+            check_chunk(&wanted.cow, chunk, origin, None)?;
             (0, false)
         }
         Place::Empty(disk) | Place::Overwrite(disk) => {
-            check_chunk(&wanted.cow, chunk, &[origin.disk, disk])?;
+            check_chunk(&wanted.cow, chunk, origin, Some(disk))?;
             (disk.bytes, disk.is_block_device)
         }
     };
     let room = Room {
         wanted,
-        origin_bytes: origin.disk.bytes,
+        origin_bytes: origin.bytes,
         chunk,
         present,
     };

@@ -66,7 +66,7 @@ impl std::fmt::Display for Role {
 
 /// The files that are used so far.
 #[derive(Debug, Default)]
-pub(super) struct Taken {
+pub struct Taken {
     files: Vec<(Identity, Role, PathBuf)>,
 }
 
@@ -87,5 +87,22 @@ impl Taken {
         }
         self.files.push((identity, role, path.to_owned()));
         Ok(())
+    }
+
+    /// The file of `role` turns out to be this one: it has been made.
+    pub(super) fn identify(&mut self, role: &Role, identity: Identity) {
+        if let Some((known, ..)) = self.files.iter_mut().find(|(_, other, _)| other == role) {
+            *known = identity;
+        }
+    }
+
+    /// Nobody uses the file of `role` any more.
+    pub(super) fn give_back(&mut self, role: &Role) {
+        self.files.retain(|(_, other, _)| other != role);
+    }
+
+    /// The store of the snapshot `export` is not used any more.
+    pub fn give_back_cow(&mut self, export: &str) {
+        self.give_back(&Role::Cow(export.to_owned()));
     }
 }

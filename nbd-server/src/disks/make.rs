@@ -9,17 +9,23 @@ use nbdsnap_engine::{Access, Action, Store, StoreKind, StoreSize, StoreSpec};
 use nbdsnap_format::SECTOR_BYTES;
 
 use super::cow::{NewStore, Place, PlannedCow, refused};
+use super::identity::{Identity, Role, Taken};
 use super::open::lock;
 use super::store_io::{StoreDisk, sync_folder_of};
-use super::{Note, Opened, Plan, PlannedVolume, Refusal, Scratch, shown};
+use super::{Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown};
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
+use crate::names;
 use crate::server::setup::{OpenDisk, OpenSnapshot, OpenVolume};
 
 /// A store in the making: its room is there, its header is not.
 struct Prepared {
+    name: String,
+    read_only: bool,
+    kind: StoreKind,
     disk: OpenDisk,
     work: Work,
+    scratch: Option<Scratch>,
 }
 
 enum Work {
@@ -45,7 +51,6 @@ impl Plan {
         }
         let mut undo = Undo::default();
         let mut notes = self.notes;
-        let mut scratch = Vec::new();
         let mut prepared = Vec::new();
         for volume in self.volumes {
             let PlannedVolume {
@@ -56,16 +61,15 @@ impl Plan {
             } = volume;
             let mut cows = Vec::new();
             for snapshot in snapshots {
-                let cow = prepare(snapshot.cow, &mut undo, &mut scratch)?;
-                cows.push((snapshot.name, snapshot.read_only, snapshot.kind, cow));
+                cows.push(prepare(snapshot, &mut undo)?);
             }
             prepared.push((name, disk, read_only, cows));
         }
         let mut volumes = Vec::new();
         for (name, disk, read_only, cows) in prepared {
             let mut snapshots = Vec::new();
-            for (name, read_only, kind, cow) in cows {
-                snapshots.push(finish(name, read_only, kind, cow, &mut undo, &mut notes)?);
+            for cow in cows {
+                snapshots.push(finish(cow, &mut undo, &mut notes)?);
             }
             volumes.push(OpenVolume {
                 name,
@@ -74,12 +78,43 @@ impl Plan {
                 snapshots,
             });
         }
-        undo.steps.clear();
+        let mut taken = self.taken;
+        for volume in &volumes {
+            note_made(&mut taken, &volume.name, &volume.snapshots);
+        }
+        undo.keep();
         Ok(Opened {
             volumes,
             notes,
-            scratch,
+            taken,
         })
+    }
+}
+
+/// Make the stores of snapshots that were planned: all of them or none.
+pub(super) fn make_snapshots(
+    planned: Vec<PlannedSnapshot>,
+    notes: &mut Vec<Note>,
+) -> Result<(Vec<OpenSnapshot>, Undo), Refusal> {
+    let mut undo = Undo::default();
+    let mut prepared = Vec::new();
+    for snapshot in planned {
+        prepared.push(prepare(snapshot, &mut undo)?);
+    }
+    let mut made = Vec::new();
+    for cow in prepared {
+        made.push(finish(cow, &mut undo, notes)?);
+    }
+    Ok((made, undo))
+}
+
+/// Files that did not exist when they were looked at do now.
+pub(super) fn note_made(taken: &mut Taken, volume: &str, snapshots: &[OpenSnapshot]) {
+    for snapshot in snapshots {
+        if let Ok(meta) = snapshot.disk.file.metadata() {
+            let role = Role::Cow(names::export(volume, &snapshot.name));
+            taken.identify(&role, Identity::of(&meta));
+        }
     }
 }
 
@@ -98,33 +133,38 @@ fn settle_origin(volume: &PlannedVolume) -> Result<(), Refusal> {
 }
 
 /// Make room for a store.
-fn prepare(
-    cow: PlannedCow,
-    undo: &mut Undo,
-    scratch: &mut Vec<Scratch>,
-) -> Result<Prepared, Refusal> {
-    match cow {
-        PlannedCow::Whole { disk, store } => Ok(Prepared {
-            disk,
-            work: Work::Nothing(store),
-        }),
+fn prepare(snapshot: PlannedSnapshot, undo: &mut Undo) -> Result<Prepared, Refusal> {
+    let PlannedSnapshot {
+        name,
+        read_only,
+        kind,
+        cow,
+    } = snapshot;
+    let mut scratch = None;
+    let (disk, work) = match cow {
+        PlannedCow::Whole { disk, store } => (disk, Work::Nothing(store)),
         PlannedCow::Torn {
             disk,
             size,
             origin_bytes,
-        } => Ok(Prepared {
-            disk,
-            work: Work::Repair { size, origin_bytes },
-        }),
-        PlannedCow::New(new) => prepare_new(new, undo, scratch),
-    }
+        } => (disk, Work::Repair { size, origin_bytes }),
+        PlannedCow::New(new) => prepare_new(new, undo, &mut scratch)?,
+    };
+    Ok(Prepared {
+        name,
+        read_only,
+        kind,
+        disk,
+        work,
+        scratch,
+    })
 }
 
 fn prepare_new(
     new: NewStore,
     undo: &mut Undo,
-    scratch: &mut Vec<Scratch>,
-) -> Result<Prepared, Refusal> {
+    scratch: &mut Option<Scratch>,
+) -> Result<(OpenDisk, Work), Refusal> {
     let NewStore { place, spec } = new;
     let (mut disk, zeros) = match place {
         Place::Missing(path) => (create(path, undo)?, 0),
@@ -141,7 +181,7 @@ fn prepare_new(
         }
     };
     if spec.kind == StoreKind::Transient && disk.bytes == 0 {
-        scratch.push(Scratch {
+        *scratch = Some(Scratch {
             path: disk.path.clone(),
             file: duplicate(&disk)?,
         });
@@ -158,10 +198,7 @@ fn prepare_new(
             .map_err(|error| Refusal::disk(&disk.path, "reserving its first chunks", error))?;
         disk.bytes = spec.size.ready;
     }
-    Ok(Prepared {
-        disk,
-        work: Work::Create { spec, zeros },
-    })
+    Ok((disk, Work::Create { spec, zeros }))
 }
 
 /// A persistent store that was given up for a transient one is none from now on:
@@ -208,14 +245,18 @@ fn duplicate(disk: &OpenDisk) -> Result<File, Refusal> {
 
 /// Repair or write what has to be, and hand the store over.
 fn finish(
-    name: String,
-    read_only: bool,
-    kind: StoreKind,
-    cow: Prepared,
+    prepared: Prepared,
     undo: &mut Undo,
     notes: &mut Vec<Note>,
 ) -> Result<OpenSnapshot, Refusal> {
-    let Prepared { disk, work } = cow;
+    let Prepared {
+        name,
+        read_only,
+        kind,
+        disk,
+        work,
+        scratch,
+    } = prepared;
     let (store, fresh) = match work {
         Work::Nothing(store) => (store, false),
         Work::Repair { size, origin_bytes } => {
@@ -235,6 +276,7 @@ fn finish(
         store,
         fresh,
         read_only,
+        scratch,
     })
 }
 
@@ -285,11 +327,19 @@ fn written(spec: &StoreSpec) -> u64 {
 }
 
 /// What was made so far. Dropped with steps left in it, it takes them back.
-#[derive(Default)]
-struct Undo {
+#[derive(Debug, Default)]
+pub(super) struct Undo {
     steps: Vec<Step>,
 }
 
+impl Undo {
+    /// What was made stays.
+    pub(super) fn keep(mut self) {
+        self.steps.clear();
+    }
+}
+
+#[derive(Debug)]
 enum Step {
     /// A file of ours.
     Remove(PathBuf),

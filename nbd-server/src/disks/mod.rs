@@ -7,10 +7,12 @@
 //!    nothing else can be refused any more; where it fails all the same (a full
 //!    disk), it takes back what it made.
 //!
-//! Called by the command line; its outcome goes to the server.
+//! Called by the command line; its outcome goes to the server. [`SnapshotPlan`]
+//! does the same for snapshots of volumes that are being served.
 
 mod cow;
 mod identity;
+mod live;
 mod make;
 mod open;
 mod refusal;
@@ -26,9 +28,13 @@ use nbdsnap_engine::StoreKind;
 
 use crate::server::setup::{OpenDisk, OpenVolume};
 use cow::PlannedCow;
-use identity::{Role, Taken};
+use identity::Role;
 
+pub use cow::Origin;
+pub use identity::Taken;
+pub use live::{Deed, Made, SnapshotPlan, default_cow};
 pub use refusal::{Cause, Refusal, shown};
+pub(crate) use store_io::sync_folder_of;
 
 /// A volume that shall be served.
 #[derive(Clone, Debug)]
@@ -67,6 +73,7 @@ pub struct SnapshotRequest {
 pub struct Plan {
     volumes: Vec<PlannedVolume>,
     notes: Vec<Note>,
+    taken: Taken,
 }
 
 #[derive(Debug)]
@@ -101,8 +108,8 @@ pub struct Opened {
     pub volumes: Vec<OpenVolume>,
     /// What to tell.
     pub notes: Vec<Note>,
-    /// Files of transient stores that were empty before; see [`Scratch`].
-    pub scratch: Vec<Scratch>,
+    /// Which files are in use now.
+    pub taken: Taken,
 }
 
 /// The file of a transient store that began empty. What it holds means nothing
@@ -139,10 +146,7 @@ pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
         for wanted in &request.snapshots {
             let role = Role::Cow(format!("{}@{}", request.name, wanted.name));
             let found = open::cow(&wanted.cow, request.read_only, role, &mut taken)?;
-            let origin = cow::Origin {
-                disk: &disk,
-                read_only: request.read_only,
-            };
+            let origin = Origin::of(&disk, request.read_only);
             snapshots.push(PlannedSnapshot {
                 name: wanted.name.clone(),
                 read_only: wanted.read_only || request.read_only,
@@ -157,5 +161,9 @@ pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
             snapshots,
         });
     }
-    Ok(Plan { volumes, notes })
+    Ok(Plan {
+        volumes,
+        notes,
+        taken,
+    })
 }

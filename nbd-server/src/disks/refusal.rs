@@ -132,6 +132,16 @@ pub enum Cause {
         "holds something else, not a store ({0}): nothing was changed; add ',format' to overwrite it"
     )]
     Foreign(String),
+    /// A store lies where a live snapshot is to begin.
+    #[error(
+        "holds a store already, and a snapshot that is taken now needs a new one: name another path with --cow, or delete the store if it is of no more use"
+    )]
+    StoreThere,
+    /// Something else lies there.
+    #[error(
+        "holds something else, not a store ({0}): nothing was changed; name another path with --cow"
+    )]
+    NotEmpty(String),
     /// A header that only a store can have, but no usable one.
     #[error("holds {0}; nothing was changed: use another path, or add ',format' to overwrite it")]
     Header(String),

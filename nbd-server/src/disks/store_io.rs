@@ -106,7 +106,7 @@ fn create_free(base: &Path) -> io::Result<(PathBuf, File)> {
 }
 
 /// Make the names in a path's folder durable.
-pub(super) fn sync_folder_of(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder_of(path: &Path) -> io::Result<()> {
     let folder = super::open::folder_of(path).unwrap_or_else(|| PathBuf::from("/"));
     File::open(folder)?.sync_all()
 }

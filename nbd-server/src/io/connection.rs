@@ -17,6 +17,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 use super::VolumeId;
 use super::file::uninterrupted;
 use super::poller::EventFlags;
+use super::shard::NewConnection;
 use super::sys;
 use crate::nbd::outbox::Outbox;
 use crate::nbd::reply::ReadOf;
@@ -60,6 +61,8 @@ enum Outgoing {
 /// A connection in transmission.
 #[derive(Debug)]
 pub(super) struct Connection {
+    /// What orders call it.
+    pub(super) id: u64,
     socket: OwnedFd,
     /// For messages.
     pub(super) peer: String,
@@ -84,21 +87,15 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(
-        socket: OwnedFd,
-        peer: String,
-        volume: VolumeId,
-        view: View,
-        terms: Terms,
-        leftover: &[u8],
-    ) -> Self {
+    pub(super) fn new(new: NewConnection) -> Self {
         Self {
-            socket,
-            peer,
-            volume,
-            view,
-            terms,
-            transmission: Transmission::new(terms, leftover),
+            id: new.id,
+            socket: new.socket,
+            peer: new.peer,
+            volume: new.volume,
+            view: new.view,
+            terms: new.terms,
+            transmission: Transmission::new(new.terms, &new.leftover),
             outbox: Outbox::default(),
             incoming: Incoming::Open,
             outgoing: Outgoing::Open,
@@ -196,6 +193,11 @@ impl Connection {
         self.outbox.len() > UNSENT_MAX
             || self.requests >= REQUESTS_MAX
             || self.bytes + self.outbox.len() >= BYTES_MAX
+    }
+
+    /// Requests that are under way.
+    pub(super) fn in_flight(&self) -> usize {
+        self.requests
     }
 
     /// A request that carries or will bring `bytes` is under way.

@@ -15,6 +15,7 @@
 //! behind every decision here.
 
 mod block_status;
+mod census;
 mod connection;
 mod disk;
 pub mod file;
@@ -27,7 +28,8 @@ mod shard;
 pub(crate) mod sys;
 mod table;
 
-pub use hosted::{HostedStatus, NewDisk, NewSnapshot, NewVolume, Views};
+pub use census::ClientStatus;
+pub use hosted::{HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, Views, VolumeOrder};
 pub use shard::{NewConnection, Shard};
 
 /// Names a volume within a server. Never used again.

@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 use nbdsnap_engine::{OpId, Outcome, View};
 
 use super::VolumeId;
+use super::census::ClientStatus;
 use super::connection::Connection;
 use super::helpers::Helpers;
-use super::hosted::{Hosted, HostedStatus, NewVolume, Views};
+use super::hosted::{Hosted, HostedStatus, NewVolume, Views, VolumeOrder};
 use super::mailbox::Mailbox;
 use super::pace::Sleeps;
 use super::poller::{EventFlags, Patience, Poller, Ready};
@@ -32,6 +33,8 @@ const TURN_BYTES: usize = 2 << 20;
 /// A connection that has ended its handshake and moves to its volume's thread.
 #[derive(Debug)]
 pub struct NewConnection {
+    /// What it is called from now on, never used again.
+    pub id: u64,
     /// The socket, non-blocking.
     pub socket: OwnedFd,
     /// Who it is, for messages.
@@ -69,6 +72,10 @@ pub(super) enum Message {
     Cached { volume: VolumeId, request: Key },
     /// How are the snapshots doing?
     Ask(std::sync::mpsc::Sender<Vec<HostedStatus>>),
+    /// Something that one volume shall do.
+    Order(VolumeId, VolumeOrder),
+    /// Who is there?
+    Census(std::sync::mpsc::Sender<Vec<ClientStatus>>),
     /// Close the volumes, give clients this long to read their replies, end.
     Stop(Duration),
 }
@@ -99,7 +106,7 @@ impl Outside {
 /// The connections of a shard, and which of them need looking after in this turn.
 #[derive(Debug)]
 pub(super) struct Clients {
-    table: Table<Connection>,
+    pub(super) table: Table<Connection>,
     touched: Vec<Key>,
 }
 
@@ -173,6 +180,19 @@ impl Shard {
         receiver
     }
 
+    /// Give one of its volumes an order. Whom the order names for its answer sees
+    /// the channel close if the volume is not there.
+    pub fn order(&self, volume: VolumeId, order: VolumeOrder) {
+        self.mail.post(Message::Order(volume, order));
+    }
+
+    /// Ask who is attached to its volumes.
+    pub fn clients(&self) -> Receiver<Vec<ClientStatus>> {
+        let (sender, receiver) = channel();
+        self.mail.post(Message::Census(sender));
+        receiver
+    }
+
     /// Take no more requests, finish those under way, make everything durable;
     /// then give clients `patience` to read their replies, and end.
     pub fn stop(&self, patience: Duration) {
@@ -202,11 +222,11 @@ enum Stage {
 }
 
 /// The thread's own side.
-struct Worker {
+pub(super) struct Worker {
     poller: Poller,
     outside: Outside,
-    clients: Clients,
-    volumes: BTreeMap<VolumeId, Hosted>,
+    pub(super) clients: Clients,
+    pub(super) volumes: BTreeMap<VolumeId, Hosted>,
     /// Volumes that were given something to do in this turn.
     touched_volumes: Vec<VolumeId>,
     /// Connections that can go on with requests they have already sent.
@@ -286,30 +306,28 @@ impl Worker {
                     // Whoever asked may have given up.
                     let _ = report.send(statuses);
                 }
+                Message::Order(volume, order) => self.execute(volume, order),
+                Message::Census(report) => {
+                    let _ = report.send(self.census());
+                }
                 Message::Stop(patience) => self.begin_closing(patience),
             }
         }
     }
 
-    fn touch_volume(&mut self, id: VolumeId) {
+    pub(super) fn touch_volume(&mut self, id: VolumeId) {
         if !self.touched_volumes.contains(&id) {
             self.touched_volumes.push(id);
         }
     }
 
     fn attach(&mut self, new: NewConnection) {
-        if !self.volumes.contains_key(&new.volume) {
-            // The volume has left between the handshake and now.
+        let there = |hosted: &Hosted| hosted.has_view(new.view);
+        if !self.volumes.get(&new.volume).is_some_and(there) {
+            // The volume or the snapshot has left between the handshake and now.
             return;
         }
-        let connection = Connection::new(
-            new.socket,
-            new.peer,
-            new.volume,
-            new.view,
-            new.terms,
-            &new.leftover,
-        );
+        let connection = Connection::new(new);
         let key = self.clients.table.insert(connection);
         self.take_requests(key);
     }

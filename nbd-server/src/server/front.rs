@@ -8,19 +8,19 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use nbdsnap_engine::View;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
+use super::directory::{Directory, Exports};
 use super::setup::Listener;
-use crate::io::{NewConnection, Shard, VolumeId};
-use crate::nbd::export::Catalog;
+use crate::io::{NewConnection, Shard};
 use crate::nbd::negotiation::{Agreed, Negotiation, Refusal, Step};
 use crate::nbd::transmission::Terms;
 
@@ -33,41 +33,6 @@ const SEND_BUFFER: usize = 1 << 20;
 /// After a failed accept (no file descriptor left, mostly) the next one waits.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Where an export leads.
-#[derive(Clone, Copy, Debug)]
-struct Route {
-    shard: usize,
-    volume: VolumeId,
-    view: View,
-    read_only: bool,
-}
-
-/// Where the catalog's exports lead, index by index.
-#[derive(Debug, Default)]
-pub(super) struct Routes(Vec<Route>);
-
-impl Routes {
-    /// Append the exports of a volume: its origin, then its snapshots.
-    /// `read_only` says of each, in this order, whether writes are refused.
-    pub(super) fn add(
-        &mut self,
-        shard: usize,
-        volume: VolumeId,
-        snapshots: &[View],
-        read_only: &[bool],
-    ) {
-        assert_eq!(read_only.len(), snapshots.len() + 1);
-        let views = std::iter::once(&View::Origin).chain(snapshots);
-        self.0
-            .extend(views.zip(read_only).map(|(&view, &read_only)| Route {
-                shard,
-                volume,
-                view,
-                read_only,
-            }));
-    }
-}
-
 /// A handle to the thread.
 #[derive(Debug)]
 pub(super) struct Front {
@@ -79,33 +44,28 @@ pub(super) struct Front {
 
 /// What every handshake needs to know.
 struct Hall {
-    catalog: Arc<Catalog>,
-    routes: Routes,
+    directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
     handshakes: Arc<Semaphore>,
+    /// How many have been handed over.
+    clients: AtomicU64,
 }
 
 impl Front {
     /// Begin to accept clients.
     pub(super) fn start(
         listeners: Vec<Listener>,
-        catalog: Arc<Catalog>,
-        routes: Routes,
+        directory: Arc<Directory>,
         shards: Arc<Vec<Shard>>,
     ) -> io::Result<Self> {
-        assert_eq!(
-            catalog.exports().len(),
-            routes.0.len(),
-            "every export leads somewhere"
-        );
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let hall = Arc::new(Hall {
-            catalog,
-            routes,
+            directory,
             shards,
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+            clients: AtomicU64::new(0),
         });
         let mut paths = Vec::new();
         {
@@ -268,8 +228,8 @@ async fn meet(mut client: Client, peer: &Peer, hall: &Hall) {
         Err(_) => Err(Failed::TooSlow),
     };
     match result {
-        Ok(Some((agreed, leftover))) => {
-            if let Err(error) = hand_over(client, peer, hall, &agreed, &leftover) {
+        Ok(Some(choice)) => {
+            if let Err(error) = hand_over(client, peer, hall, &choice) {
                 tracing::warn!(%peer, "client dropped: {error}");
             }
         }
@@ -279,12 +239,23 @@ async fn meet(mut client: Client, peer: &Peer, hall: &Hall) {
     }
 }
 
-/// Negotiate until an export is agreed, or the client says good-bye.
-async fn shake_hands<S>(stream: &mut S, hall: &Hall) -> Result<Option<(Agreed, BytesMut)>, Failed>
+/// What a handshake came to.
+struct Choice {
+    agreed: Agreed,
+    /// Where the export was found.
+    exports: Arc<Exports>,
+    /// What the client sent behind the handshake.
+    leftover: BytesMut,
+}
+
+/// Negotiate until an export is agreed, or the client says good-bye. What comes
+/// or goes meanwhile is seen with the client's next option.
+async fn shake_hands<S>(stream: &mut S, hall: &Hall) -> Result<Option<Choice>, Failed>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut negotiation = Negotiation::new(Arc::clone(&hall.catalog));
+    let mut exports = hall.directory.look();
+    let mut negotiation = Negotiation::new(Arc::clone(&exports.catalog));
     let mut input = BytesMut::new();
     let mut step = Ok(Step::NeedMore);
     loop {
@@ -292,7 +263,13 @@ where
             stream.write_all(&output).await?;
         }
         match step? {
-            Step::Done(agreed) => return Ok(Some((agreed, input))),
+            Step::Done(agreed) => {
+                return Ok(Some(Choice {
+                    agreed,
+                    exports,
+                    leftover: input,
+                }));
+            }
             Step::Ended => return Ok(None),
             Step::SendFirst => {}
             Step::NeedMore => {
@@ -301,25 +278,23 @@ where
                 }
             }
         }
+        exports = hall.directory.look();
+        negotiation.look_at(&exports.catalog);
         step = negotiation.handle_input(&mut input);
     }
 }
 
-fn hand_over(
-    client: Client,
-    peer: &Peer,
-    hall: &Hall,
-    agreed: &Agreed,
-    leftover: &[u8],
-) -> io::Result<()> {
-    let export = &hall.catalog.exports()[agreed.export];
-    let route = hall.routes.0[agreed.export];
+fn hand_over(client: Client, peer: &Peer, hall: &Hall, choice: &Choice) -> io::Result<()> {
+    let agreed = &choice.agreed;
+    let export = &choice.exports.catalog.exports()[agreed.export];
+    let route = choice.exports.route(agreed.export);
     let socket: OwnedFd = match client {
         Client::Tcp(stream) => stream.into_std()?.into(),
         Client::Unix(stream) => stream.into_std()?.into(),
     };
     tracing::debug!(%peer, export = export.name, "client attached");
     hall.shards[route.shard].attach(NewConnection {
+        id: hall.clients.fetch_add(1, Ordering::Relaxed) + 1,
         socket,
         peer: peer.to_string(),
         volume: route.volume,
@@ -330,7 +305,7 @@ fn hand_over(
             structured: agreed.structured_replies,
             base_allocation: agreed.base_allocation,
         },
-        leftover: leftover.to_vec(),
+        leftover: choice.leftover.to_vec(),
     });
     Ok(())
 }

@@ -4,12 +4,17 @@
 //! [`RunningServer::start`] takes a [`Setup`] in which everything is open,
 //! checked and bound. It spreads the volumes over a few threads ([`Shard`]),
 //! takes the instants of new snapshots, and only then begins to accept clients
-//! on a thread of its own (`front`). [`RunningServer::stop`] goes the other way.
+//! on a thread of its own (`front`) and, where there is a control socket, orders,
+//! which the administrator (`admin`) executes. [`RunningServer::stop`] goes the
+//! other way.
 //! [`run`] does both around the signals of a process; it is what the command
 //! line calls.
 
-mod catalog;
+mod admin;
+mod directory;
 mod front;
+pub mod keeper;
+mod registry;
 pub mod setup;
 mod signals;
 mod status;
@@ -21,10 +26,16 @@ use std::time::Duration;
 
 use nbdsnap_engine::VolumeConfig;
 
+use crate::control::door::Door;
+use crate::disks::Origin;
 use crate::io::{NewDisk, NewSnapshot, NewVolume, Shard, VolumeId};
-use crate::nbd::export::{Catalog, CatalogError, Export};
-use front::{Front, Routes};
-use setup::{OpenDisk, OpenVolume, Setup};
+use crate::nbd::export::{CatalogError, Export};
+use admin::{Admin, Administrator};
+use directory::Directory;
+use front::Front;
+use nbdsnap_engine::View;
+use registry::{Registry, SnapshotEntry, SnapshotFacts, Taken, VolumeEntry};
+use setup::{Listener, OpenDisk, OpenVolume, Setup};
 
 pub use signals::run;
 pub use status::SnapshotStatus;
@@ -73,73 +84,140 @@ fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> ServerError {
 /// leaves its threads to the end of the process.
 #[derive(Debug)]
 pub struct RunningServer {
-    catalog: Arc<Catalog>,
+    directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
     front: Front,
+    admin: Admin,
+    door: Option<Door>,
 }
 
 impl RunningServer {
     /// Start to serve. When this returns, every new snapshot's instant has been
     /// taken and clients are accepted.
     pub fn start(setup: Setup) -> Result<Self, ServerError> {
-        let catalog = Arc::new(catalog::of(&setup.volumes)?);
         let mut shards = Vec::new();
         for number in 0..setup.threads.max(1) {
             let shard = Shard::start(number).map_err(system("start a volume's thread"))?;
             shards.push(shard);
         }
-        let routes = match move_in(setup.volumes, &shards) {
-            Ok(routes) => routes,
+        let moved_in = move_in(setup.volumes, &shards).and_then(|registry| {
+            let exports = registry.exports()?;
+            Ok((registry, exports))
+        });
+        let (registry, exports) = match moved_in {
+            Ok(moved_in) => moved_in,
             Err(error) => {
                 // Whatever has been begun is closed in order; the first error counts.
                 let _ = end_shards(shards);
                 return Err(error);
             }
         };
+        let directory = Arc::new(Directory::default());
+        directory.publish(exports);
         let shards = Arc::new(shards);
-        let front = Front::start(
-            setup.listeners,
-            Arc::clone(&catalog),
-            routes,
+        let administrator = Administrator::new(
+            registry,
+            setup.taken,
+            Box::new(keeper::Forgetful),
+            Arc::clone(&directory),
             Arc::clone(&shards),
         );
-        let front = match front {
-            Ok(front) => front,
+        let doors = open_doors(
+            administrator,
+            setup.listeners,
+            setup.control,
+            &directory,
+            &shards,
+        );
+        match doors {
+            Ok((admin, front, door)) => Ok(Self {
+                directory,
+                shards,
+                front,
+                admin,
+                door,
+            }),
             Err(error) => {
-                let shards = Arc::into_inner(shards).expect("the front has not begun");
+                let shards = Arc::into_inner(shards).expect("nobody else has begun");
                 let _ = end_shards(shards);
-                return Err(system("accept clients")(error));
+                Err(error)
             }
-        };
-        Ok(Self {
-            catalog,
-            shards,
-            front,
-        })
+        }
     }
 
-    /// What is being served, in the order of the setup.
-    pub fn exports(&self) -> &[Export] {
-        self.catalog.exports()
+    /// What is being served now: each volume, followed by its snapshots.
+    pub fn exports(&self) -> Vec<Export> {
+        self.directory.look().catalog.exports().to_vec()
     }
 
     /// A thread has ended, though nobody asked it to: stop the server.
     pub fn has_failed(&self) -> bool {
-        self.shards.iter().any(Shard::has_ended)
+        self.shards.iter().any(Shard::has_ended) || self.admin.has_ended()
     }
 
-    /// Accept no more clients, take no more requests (ESHUTDOWN), finish those in
-    /// flight, commit and flush every store, and end. Clients that do not read
-    /// their replies are given up after a few seconds.
+    /// Finish the order that is being executed and take no more, accept no more
+    /// clients, take no more requests (ESHUTDOWN), finish those in flight, commit
+    /// and flush every store, and end. Clients that do not read their replies are
+    /// given up after a few seconds.
     pub fn stop(self) -> Result<(), ServerError> {
         self.front.stop();
-        let failed = self.shards.iter().any(Shard::has_ended);
-        let shards = Arc::into_inner(self.shards).expect("the front has given its handle back");
-        end_shards(shards)?;
+        let registry = self.admin.stop();
+        if let Some(door) = self.door {
+            door.close();
+        }
+        let failed = self.shards.iter().any(Shard::has_ended) || registry.is_none();
+        let shards = Arc::into_inner(self.shards).expect("everybody has given the handle back");
+        let ended = end_shards(shards);
+        for volume in registry.into_iter().flat_map(|registry| registry.volumes) {
+            discard_scratch(volume);
+        }
+        ended?;
         if failed {
             Err(ServerError::ThreadEnded)
         } else {
             Ok(())
+        }
+    }
+}
+
+/// Let clients and orders in. If one thing fails, what was begun ends.
+fn open_doors(
+    administrator: Administrator,
+    listeners: Vec<Listener>,
+    control: Option<Listener>,
+    directory: &Arc<Directory>,
+    shards: &Arc<Vec<Shard>>,
+) -> Result<(Admin, Front, Option<Door>), ServerError> {
+    let admin = administrator
+        .start()
+        .map_err(system("start the administrator's thread"))?;
+    let front = match Front::start(listeners, Arc::clone(directory), Arc::clone(shards)) {
+        Ok(front) => front,
+        Err(error) => {
+            admin.stop();
+            return Err(system("accept clients")(error));
+        }
+    };
+    let door = match control {
+        Some(Listener::Unix(listener, path)) => match Door::open(listener, path, admin.office()) {
+            Ok(door) => Some(door),
+            Err(error) => {
+                front.stop();
+                admin.stop();
+                return Err(system("take orders")(error));
+            }
+        },
+        Some(Listener::Tcp(_)) => unreachable!("orders come through a Unix socket"),
+        None => None,
+    };
+    Ok((admin, front, door))
+}
+
+fn discard_scratch(volume: VolumeEntry) {
+    let files = volume.snapshots.into_iter().filter_map(|one| one.scratch);
+    for file in files {
+        if let Err(error) = file.discard() {
+            tracing::warn!("a transient store could not be emptied: {error}");
         }
     }
 }
@@ -157,32 +235,53 @@ fn end_shards(shards: Vec<Shard>) -> Result<(), ServerError> {
     }
 }
 
-/// Move every volume to its thread, and learn where its exports lead.
-fn move_in(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Routes, ServerError> {
+/// Move every volume to its thread, and learn what its snapshots are called there.
+fn move_in(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Registry, ServerError> {
     let mut answers = Vec::new();
     let share = COPY_MEMORY / volumes.len().max(1) as u64;
     let copy_memory = share.clamp(COPY_PIECE, COPY_MEMORY_OF_ONE);
-    for (number, volume) in volumes.into_iter().enumerate() {
+    for (number, mut volume) in volumes.into_iter().enumerate() {
         let shard = number % shards.len();
         let id = VolumeId(number as u32);
-        let read_only: Vec<bool> = std::iter::once(volume.read_only)
-            .chain(
-                volume
-                    .snapshots
-                    .iter()
-                    .map(|snapshot| volume.read_only || snapshot.read_only),
-            )
+        let facts: Vec<(SnapshotFacts, bool)> = volume
+            .snapshots
+            .iter_mut()
+            .map(|snapshot| (SnapshotFacts::of(snapshot), snapshot.fresh))
             .collect();
+        let entry = VolumeEntry {
+            name: volume.name.clone(),
+            id,
+            shard,
+            origin: Origin {
+                path: registry::absolute(&volume.disk.path),
+                ..Origin::of(&volume.disk, volume.read_only)
+            },
+            is_block_device: volume.disk.is_block_device,
+            snapshots: Vec::new(),
+        };
         let answer = shards[shard].host(new_volume(id, volume, copy_memory));
-        answers.push((shard, id, read_only, answer));
+        answers.push((entry, facts, answer));
     }
-    let mut routes = Routes::default();
-    for (shard, id, read_only, answer) in answers {
+    let mut registry = Registry::default();
+    for (mut entry, facts, answer) in answers {
         let views = answer.recv().map_err(|_| ServerError::ThreadEnded)?;
         let views = views.map_err(ServerError::SnapshotNotTaken)?;
-        routes.add(shard, id, &views, &read_only);
+        for (view, (facts, fresh)) in views.into_iter().zip(facts) {
+            let View::Snapshot(id) = view else {
+                unreachable!("a snapshot is no origin");
+            };
+            let taken = if fresh {
+                Taken::AtStart(registry::now())
+            } else {
+                Taken::Before
+            };
+            let bytes = entry.origin.bytes;
+            let snapshot = SnapshotEntry::new(id, bytes, taken, facts);
+            entry.snapshots.push(snapshot);
+        }
+        registry.volumes.push(entry);
     }
-    Ok(routes)
+    Ok(registry)
 }
 
 fn new_volume(id: VolumeId, volume: OpenVolume, copy_memory: u64) -> NewVolume {

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use nbdsnap_engine::Store;
 
+use crate::disks::{Scratch, Taken};
+
 /// A disk or COW store that is open, locked and of known size.
 #[derive(Debug)]
 pub struct OpenDisk {
@@ -36,6 +38,8 @@ pub struct OpenSnapshot {
     pub fresh: bool,
     /// Writes are refused with EPERM.
     pub read_only: bool,
+    /// What is to be done with its file when it is not used any more.
+    pub scratch: Option<Scratch>,
 }
 
 /// A volume that is to be served: the export `name` and one `name@snapshot` each.
@@ -69,4 +73,8 @@ pub struct Setup {
     pub listeners: Vec<Listener>,
     /// Volume threads.
     pub threads: usize,
+    /// Where orders come from: a Unix socket.
+    pub control: Option<Listener>,
+    /// The files that the volumes use.
+    pub taken: Taken,
 }

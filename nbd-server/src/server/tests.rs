@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use super::setup::{Listener, OpenDisk, OpenSnapshot, OpenVolume, Setup};
 use super::{RunningServer, ServerError};
 use crate::client::{Answer, Client};
+use crate::disks::Taken;
 use crate::io::file::{Medium, perform};
 use crate::nbd::uri::ListenAddr;
 use crate::nbd::wire::{NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_EPERM};
@@ -103,12 +104,15 @@ impl Place {
                 store,
                 fresh,
                 read_only: false,
+                scratch: None,
             }],
         };
         let setup = Setup {
             volumes: vec![volume],
             listeners: vec![Listener::Unix(listener, sock)],
             threads: 2,
+            control: None,
+            taken: Taken::default(),
         };
         RunningServer::start(setup).unwrap()
     }

@@ -2,7 +2,7 @@
 //! has printed its exports, ended by a signal to its own process id and, whatever
 //! happens, when it is dropped.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
@@ -26,6 +26,7 @@ pub struct Serve {
     args: Vec<OsString>,
     exports: usize,
     socket: Option<PathBuf>,
+    control: Option<PathBuf>,
 }
 
 impl Serve {
@@ -69,6 +70,13 @@ impl Serve {
             .arg(format!("{export}={}{options}", cow.display()))
     }
 
+    /// Take orders on a socket in `folder`; see [`Server::order`].
+    pub fn control_in(&mut self, folder: &Path) -> &mut Self {
+        let control = folder.join("control.sock");
+        self.control = Some(control.clone());
+        self.arg("--control").arg(control)
+    }
+
     /// Not a byte may change.
     pub fn read_only(&mut self) -> &mut Self {
         self.arg("--read-only")
@@ -103,6 +111,7 @@ impl Serve {
             stderr,
             reader: Some(reader),
             socket: self.socket.clone(),
+            control: self.control.clone(),
             port: None,
         };
         server.wait_until_ready(&lines, self.exports);
@@ -125,10 +134,34 @@ pub struct Server {
     stderr: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
     socket: Option<PathBuf>,
+    control: Option<PathBuf>,
     port: Option<u16>,
 }
 
 impl Server {
+    /// The socket that it takes orders on.
+    pub fn control(&self) -> &Path {
+        self.control
+            .as_deref()
+            .expect("it was started to take orders")
+    }
+
+    /// `nbdsnap VERB...` against this server, as a command still to be run.
+    pub fn order_command<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(program());
+        command
+            .args(words)
+            .arg("--control")
+            .arg(self.control())
+            .env_remove("RUST_LOG");
+        command
+    }
+
+    /// Give it an order by the program itself.
+    pub fn order<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Finished {
+        run(&mut self.order_command(words))
+    }
+
     /// Lines on stdout until there is one with a URI for each export.
     fn wait_until_ready(&mut self, lines: &Receiver<String>, exports: usize) {
         let until = Instant::now() + PATIENCE;

@@ -280,6 +280,9 @@ impl Session<'_> {
                 self.world.ledger.count(Tally::Overflow);
                 Ok(())
             }
+            Event::Held(_) | Event::InstantFailed(_) | Event::Removed(_) => {
+                Err(Violation(format!("{event:?}, which nobody asked for")))
+            }
             Event::Closed(well) => {
                 if !self.closing || self.closed.is_some() || !self.pending.is_empty() {
                     return Err(Violation(

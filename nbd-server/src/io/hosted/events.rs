@@ -37,6 +37,15 @@ impl Hosted {
                 "the snapshot's store is full: it can still be read, but writes to it fail; \
                  copy what you need from it and take a new one with a larger store"
             ),
+            Event::Removed(id) => {
+                tracing::info!(export = self.export(*id), "snapshot removed");
+                self.snapshot_removed(*id);
+            }
+            Event::Held(instant) => self.instant_held(*instant),
+            Event::InstantFailed(instant) => {
+                tracing::error!(volume = self.name, "no snapshot could be taken");
+                self.instant_failed(*instant);
+            }
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(

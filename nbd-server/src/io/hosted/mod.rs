@@ -6,6 +6,7 @@
 //! engine wants done and answers what it has finished.
 
 mod events;
+mod orders;
 mod questions;
 
 use std::collections::BTreeMap;
@@ -28,6 +29,9 @@ use crate::io::shard::{Clients, Message, Outside};
 use crate::io::table::{Key, Table};
 use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
+
+use orders::Hold;
+pub use orders::{NotHeld, VolumeOrder};
 
 /// Threads that wait for the disks of one volume: so many operations at once. Each
 /// volume has its own, so that a disk that hangs holds up nobody else's.
@@ -82,6 +86,10 @@ pub type Views = Result<Vec<View>, String>;
 /// How a snapshot of a hosted volume is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostedStatus {
+    /// Its volume.
+    pub volume: VolumeId,
+    /// Its name within the volume.
+    pub snapshot: SnapshotId,
     /// Its export's name.
     pub export: String,
     /// The engine's word.
@@ -155,6 +163,12 @@ pub(super) struct Hosted {
     waiting: Table<Waiting>,
     state: State,
     arrival: Option<Arrival>,
+    /// The instant that is being taken by an order.
+    hold: Option<Hold>,
+    /// Snapshots that are being removed, and whom to tell of the end.
+    leaving: BTreeMap<SnapshotId, Sender<()>>,
+    /// Not a byte of any store may change.
+    stores_read_only: bool,
     /// Memory for one question at a time.
     extents: Vec<Extent>,
 }
@@ -208,6 +222,9 @@ impl Hosted {
             helpers: Helpers::new(HELPERS),
             waiting: Table::new(),
             state: State::Serving,
+            hold: None,
+            leaving: BTreeMap::new(),
+            stores_read_only: read_only,
             arrival: Some(Arrival {
                 views,
                 missing,

@@ -22,6 +22,8 @@ impl Hosted {
     pub(in crate::io) fn statuses(&self) -> impl Iterator<Item = HostedStatus> {
         self.stores.keys().filter_map(|&id| {
             Some(HostedStatus {
+                volume: self.id,
+                snapshot: id,
                 export: self.export(id),
                 status: self.volume.status(id)?,
             })

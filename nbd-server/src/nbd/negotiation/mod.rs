@@ -51,7 +51,7 @@ pub const SEND_FIRST_BYTES: usize = 64 << 10;
 /// What a handshake came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreed {
-    /// The index of the export in the [`Catalog`] of this negotiation.
+    /// The index of the export in the [`Catalog`] that this negotiation looked at last.
     pub export: usize,
     /// The transmission flags that the client was told.
     pub flags: u16,
@@ -149,6 +149,18 @@ impl Negotiation {
             options_seen: 0,
             choices: Choices::default(),
         }
+    }
+
+    /// Exports have come or gone: from now on `catalog` is what the client is
+    /// told of and chooses from.
+    pub fn look_at(&mut self, catalog: &Arc<Catalog>) {
+        if Arc::ptr_eq(&self.catalog, catalog) {
+            return;
+        }
+        let chosen = self.choices.base_allocation_of;
+        self.choices.base_allocation_of =
+            chosen.and_then(|index| catalog.find(&self.catalog.exports()[index].name));
+        self.catalog = Arc::clone(catalog);
     }
 
     /// From now on every option but ABORT is answered ERR_SHUTDOWN.

@@ -25,7 +25,7 @@ const BASE_WILDCARD: &str = "base:";
 pub(super) struct Choices {
     structured_replies: bool,
     /// The export for which `base:allocation` was chosen last.
-    base_allocation_of: Option<usize>,
+    pub(super) base_allocation_of: Option<usize>,
 }
 
 impl Negotiation {

@@ -1,0 +1,196 @@
+//! What the verbs that give orders share: where the server is, and how answers
+//! are printed.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::{Args, ValueHint};
+use serde::Serialize;
+
+use super::Failure;
+use crate::control;
+use crate::control::client::ControlClient;
+use crate::control::protocol::{Answer, Order, SnapshotName};
+use crate::names;
+
+/// Options of every verb that gives an order.
+#[derive(Clone, Debug, Args)]
+pub(super) struct ToServer {
+    /// The server's control socket; by default where 'serve --control' puts it:
+    /// nbdsnap.control in XDG_RUNTIME_DIR, or in /run for root.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, global = true, display_order = 800)]
+    control: Option<PathBuf>,
+
+    /// Print JSON instead of a table.
+    #[arg(long, global = true, display_order = 801)]
+    pub(super) json: bool,
+}
+
+impl ToServer {
+    /// A connection to the server.
+    pub(super) fn connect(&self) -> Result<ControlClient, Failure> {
+        let path = match &self.control {
+            Some(path) => path.clone(),
+            None => control::default_path().ok_or_else(|| {
+                Failure::Usage(
+                    "XDG_RUNTIME_DIR is not set: name the server's socket with --control PATH"
+                        .into(),
+                )
+            })?,
+        };
+        ControlClient::connect(&path).map_err(Failure::refused)
+    }
+
+    /// Give one order.
+    pub(super) fn order(&self, order: Order) -> Result<Answer, Failure> {
+        self.connect()?.order(order).map_err(Failure::refused)
+    }
+}
+
+/// The server has answered something that does not belong to the order.
+pub(super) fn beside_the_point() -> Failure {
+    Failure::Refused("the server's answer does not fit the order: is it of another version?".into())
+}
+
+/// Print a value as JSON, one document.
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(Failure::refused)?;
+    print(&format!("{text}\n"))
+}
+
+/// Print, and fail where nobody can read it.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| Failure::Refused(format!("standard output: {error}")))
+}
+
+/// A table for people: columns as wide as they have to be, two spaces between.
+pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            let pad = width - cell.chars().count();
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(' ', pad + 2));
+        }
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+        text
+    };
+    let mut text = line(&mut head.iter().copied());
+    for row in rows {
+        text.push_str(&line(&mut row.iter().map(String::as_str)));
+    }
+    text
+}
+
+/// A size for people, rounded; `-` where there is none.
+pub(super) fn rough_size(bytes: Option<u64>) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let Some(bytes) = bytes else {
+        return "-".into();
+    };
+    let mut size = bytes as f64;
+    let mut unit = 0;
+    while size >= 1024.0 && unit + 1 < UNITS.len() {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 || size.fract() == 0.0 {
+        format!("{size:.0} {}", UNITS[unit])
+    } else {
+        format!("{size:.1} {}", UNITS[unit])
+    }
+}
+
+/// A span of time for people, rounded; `-` where there is none.
+pub(super) fn rough_span(seconds: Option<u64>) -> String {
+    match seconds {
+        None => "-".into(),
+        Some(s) if s < 120 => format!("{s} s"),
+        Some(s) if s < 2 * 3600 => format!("{} min", s / 60),
+        Some(s) if s < 2 * 86_400 => format!("{} h", s / 3600),
+        Some(s) => format!("{} d", s / 86_400),
+    }
+}
+
+/// `VOLUME@NAME` on the command line.
+pub(super) fn parse_snapshot(text: &str) -> Result<SnapshotName, String> {
+    let (volume, snapshot) = text
+        .split_once('@')
+        .ok_or("a snapshot is written VOLUME@NAME")?;
+    for name in [volume, snapshot] {
+        check(name)?;
+    }
+    Ok(SnapshotName {
+        volume: volume.to_owned(),
+        snapshot: snapshot.to_owned(),
+    })
+}
+
+/// A name on the command line.
+pub(super) fn parse_name(text: &str) -> Result<String, String> {
+    check(text)?;
+    Ok(text.to_owned())
+}
+
+fn check(name: &str) -> Result<(), String> {
+    match names::fault(name) {
+        None => Ok(()),
+        Some(why) => Err(format!("the name '{}' {why}", name.escape_debug())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_aligned_and_end_without_blanks() {
+        let rows = [
+            vec!["a".into(), "bcd".into()],
+            vec!["längst".into(), "x".into()],
+        ];
+        assert_eq!(
+            table(&["ONE", "TWO"], &rows),
+            "ONE     TWO\na       bcd\nlängst  x\n"
+        );
+    }
+
+    #[test]
+    fn sizes_and_spans_are_rounded() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (5 << 30, "5 GiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(rough_size(Some(bytes)), text);
+        }
+        assert_eq!(rough_size(None), "-");
+        assert_eq!(rough_span(Some(119)), "119 s");
+        assert_eq!(rough_span(Some(7199)), "119 min");
+        assert_eq!(rough_span(Some(400_000)), "4 d");
+    }
+
+    #[test]
+    fn names_are_judged_before_they_are_sent() {
+        let name = parse_snapshot("disk@monday").unwrap();
+        assert_eq!(name.to_string(), "disk@monday");
+        for text in [
+            "disk", "@", "disk@", "@a", "a/b@c", "a@b@c", "a@b\nc", "a@b/c",
+        ] {
+            assert!(parse_snapshot(text).is_err(), "{text:?}");
+        }
+    }
+}

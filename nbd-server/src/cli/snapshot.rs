@@ -1,0 +1,268 @@
+//! `nbdsnap snapshot`: snapshots of the volumes of a running server.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueHint};
+
+use super::Failure;
+use super::orders::{
+    ToServer, beside_the_point, parse_snapshot, print, print_json, rough_size, rough_span, table,
+};
+use super::size;
+use crate::control::protocol::{
+    Answer, Kind, Order, Selection, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotReport,
+    SnapshotState, StoreLimit,
+};
+
+/// Take, look after and end snapshots of a running server's disks.
+///
+/// The server is one that runs with --control. Its clients stay attached and
+/// notice no more than a pause of milliseconds.
+#[derive(Debug, Args)]
+pub(super) struct SnapshotArgs {
+    #[command(subcommand)]
+    verb: SnapshotVerb,
+    #[command(flatten)]
+    server: ToServer,
+}
+
+#[derive(Debug, Subcommand)]
+enum SnapshotVerb {
+    Create(CreateArgs),
+    List(SelectArgs),
+    Status(SelectArgs),
+    Remove(RemoveArgs),
+}
+
+/// Take snapshots now; several are one instant.
+///
+/// All the disks that are named are held, all snapshots are taken, all are
+/// released: what one client wrote after another had written to the other disk is
+/// never without it. If one snapshot cannot be taken, none is.
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// The snapshots.
+    #[arg(value_name = "VOLUME@NAME", required = true, value_parser = parse_snapshot)]
+    snapshots: Vec<SnapshotName>,
+
+    /// The COW store, a file or a block device; without it, a file DISK.NAME.cow
+    /// beside the disk. For one snapshot only.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    cow: Option<PathBuf>,
+
+    /// How far the file may grow: 10G, or 20%ORIGIN. Without it, what the disk can
+    /// ever need.
+    #[arg(long, value_name = "SIZE|N%ORIGIN", value_parser = parse_limit)]
+    size: Option<StoreLimit>,
+
+    /// The unit of copying: a power of two from 1s to 1G, 16K unless said.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    chunk: Option<u64>,
+
+    /// When the store is full, refuse writes to the snapshot and keep it.
+    #[arg(long, conflicts_with = "transient")]
+    overflow: bool,
+
+    /// Keep the list of exceptions in memory: the snapshot ends with the server.
+    #[arg(long)]
+    transient: bool,
+
+    /// Refuse writes to the snapshot.
+    #[arg(long)]
+    read_only: bool,
+}
+
+/// Say which snapshots there are, or how they are doing.
+#[derive(Debug, Args)]
+struct SelectArgs {
+    /// A volume, for all its snapshots, or a snapshot; without any, all.
+    #[arg(value_name = "VOLUME[@NAME]")]
+    names: Vec<String>,
+}
+
+/// End snapshots. Their clients are told and dropped; the disk goes on.
+#[derive(Debug, Args)]
+struct RemoveArgs {
+    /// The snapshots.
+    #[arg(value_name = "VOLUME@NAME", required = true, value_parser = parse_snapshot)]
+    snapshots: Vec<SnapshotName>,
+
+    /// Delete the files of their stores too. Without it they stay, of no use: the
+    /// disk has been written since, so never serve them with it again.
+    #[arg(long)]
+    delete_cow: bool,
+}
+
+/// The verb.
+pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
+    let SnapshotArgs { verb, server } = args;
+    match verb {
+        SnapshotVerb::Create(args) => {
+            let reports = ask(&server, create(args)?)?;
+            show(&server, &reports, |one| {
+                format!("{}: taken, its store is {}\n", one.name, one.cow.display())
+            })
+        }
+        SnapshotVerb::List(args) => {
+            let reports = ask(&server, list(args))?;
+            if server.json {
+                return print_json(&reports);
+            }
+            print(&list_table(&reports))
+        }
+        SnapshotVerb::Status(args) => {
+            let reports = ask(&server, list(args))?;
+            if server.json {
+                return print_json(&reports);
+            }
+            print(&status_table(&reports))
+        }
+        SnapshotVerb::Remove(args) => {
+            let deleted = args.delete_cow;
+            let order = Order::SnapshotRemove(SnapshotRemove {
+                snapshots: args.snapshots,
+                delete_cow: args.delete_cow,
+            });
+            let reports = ask(&server, order)?;
+            show(&server, &reports, |one| {
+                let store = one.cow.display();
+                if deleted {
+                    format!("{}: removed, with its store {store}\n", one.name)
+                } else {
+                    format!(
+                        "{}: removed; its store {store} is of no more use\n",
+                        one.name
+                    )
+                }
+            })
+        }
+    }
+}
+
+fn create(args: CreateArgs) -> Result<Order, Failure> {
+    let cow = args.cow.as_deref().map(absolute).transpose()?;
+    let kind = match (args.transient, args.overflow) {
+        (true, _) => Kind::Transient,
+        (false, true) => Kind::Overflow,
+        (false, false) => Kind::Persistent,
+    };
+    Ok(Order::SnapshotCreate(SnapshotCreate {
+        snapshots: args.snapshots,
+        cow,
+        size: args.size,
+        chunk_bytes: args.chunk,
+        kind,
+        read_only: args.read_only,
+    }))
+}
+
+fn list(args: SelectArgs) -> Order {
+    Order::SnapshotList(Selection { names: args.names })
+}
+
+fn ask(server: &ToServer, order: Order) -> Result<Vec<SnapshotReport>, Failure> {
+    match server.order(order)? {
+        Answer::Snapshots(reports) => Ok(reports),
+        Answer::Volumes(_) => Err(beside_the_point()),
+    }
+}
+
+/// JSON, or a line for each.
+fn show(
+    server: &ToServer,
+    reports: &[SnapshotReport],
+    line: impl Fn(&SnapshotReport) -> String,
+) -> Result<(), Failure> {
+    if server.json {
+        return print_json(&reports);
+    }
+    print(&reports.iter().map(line).collect::<String>())
+}
+
+fn list_table(reports: &[SnapshotReport]) -> String {
+    let rows: Vec<Vec<String>> = reports
+        .iter()
+        .map(|one| {
+            let taken = one.taken_at.map_or("-".into(), super::when::show);
+            vec![
+                one.name.clone(),
+                state(one).into(),
+                taken,
+                rough_size(Some(one.bytes)),
+                one.cow.display().to_string(),
+            ]
+        })
+        .collect();
+    table(&["SNAPSHOT", "STATE", "TAKEN", "SIZE", "STORE"], &rows)
+}
+
+fn status_table(reports: &[SnapshotReport]) -> String {
+    let rows: Vec<Vec<String>> = reports
+        .iter()
+        .map(|one| {
+            let rate = one.fill_bytes_per_second;
+            let rate = rate.map_or("-".into(), |rate| format!("{}/s", rough_size(Some(rate))));
+            vec![
+                one.name.clone(),
+                state(one).into(),
+                rough_size(one.data_bytes),
+                rough_size(one.metadata_bytes),
+                rough_size(one.free_bytes),
+                rate,
+                rough_span(one.full_in_seconds),
+                one.clients.to_string(),
+                one.status.clone(),
+            ]
+        })
+        .collect();
+    let head = [
+        "SNAPSHOT",
+        "STATE",
+        "DATA",
+        "METADATA",
+        "FREE",
+        "FILLS BY",
+        "FULL IN",
+        "CLIENTS",
+        "DMSETUP STATUS",
+    ];
+    table(&head, &rows)
+}
+
+fn state(report: &SnapshotReport) -> &'static str {
+    match report.state {
+        SnapshotState::Active => "active",
+        SnapshotState::Overflow => "overflow",
+        SnapshotState::Invalid => "invalid",
+    }
+}
+
+/// The server's working folder may be another.
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    if path.to_str().is_none() {
+        return Err(Failure::Usage(format!(
+            "{}: orders carry paths in UTF-8 only",
+            crate::disks::shown(path)
+        )));
+    }
+    std::path::absolute(path).map_err(Failure::usage)
+}
+
+fn parse_size(text: &str) -> Result<u64, size::SizeError> {
+    size::parse(text)
+}
+
+fn parse_limit(text: &str) -> Result<StoreLimit, String> {
+    let Some((percent, of)) = text.split_once('%') else {
+        return size::parse(text)
+            .map(StoreLimit::Bytes)
+            .map_err(|error| error.to_string());
+    };
+    if !of.is_empty() && of != "ORIGIN" {
+        return Err(format!("'{text}': a share is written 20%ORIGIN"));
+    }
+    match percent.parse() {
+        Ok(percent @ 1..=1000) => Ok(StoreLimit::PercentOfOrigin(percent)),
+        _ => Err(format!("'{text}': a share is 1 to 1000 % of the origin")),
+    }
+}

@@ -1,0 +1,153 @@
+//! Stores for snapshots of volumes that are being served: looked at, then made,
+//! and taken back if the snapshots cannot be taken after all.
+
+use super::cow::{self, PlannedCow};
+use super::identity::{Role, Taken};
+use super::make::{Undo, make_snapshots, note_made};
+use super::{Cause, Note, Origin, PlannedSnapshot, Refusal, SnapshotRequest, open};
+use crate::names;
+use crate::server::setup::OpenSnapshot;
+
+/// Stores that shall be made, on paths that were looked at, opened and locked.
+/// Nothing has changed yet; [`SnapshotPlan::give_up`] leaves it at that.
+#[derive(Debug, Default)]
+pub struct SnapshotPlan {
+    snapshots: Vec<PlannedSnapshot>,
+    /// Their volumes.
+    volumes: Vec<String>,
+    notes: Vec<Note>,
+}
+
+impl SnapshotPlan {
+    /// Add the store of a new snapshot of `volume`.
+    pub fn add(
+        &mut self,
+        volume: &str,
+        origin: &Origin,
+        request: &SnapshotRequest,
+        taken: &mut Taken,
+    ) -> Result<(), Refusal> {
+        let role = Role::Cow(names::export(volume, &request.name));
+        let found = open::cow(&request.cow, origin.read_only, role.clone(), taken)?;
+        let planned = cow::plan(request, origin, found, &mut self.notes);
+        match planned
+            .and_then(must_be_new(request))
+            .map_err(in_live_words)
+        {
+            Ok(cow) => {
+                self.volumes.push(volume.to_owned());
+                self.snapshots.push(PlannedSnapshot {
+                    name: request.name.clone(),
+                    read_only: request.read_only,
+                    kind: request.kind,
+                    cow,
+                });
+                Ok(())
+            }
+            Err(refusal) => {
+                taken.give_back(&role);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Forget the plan.
+    pub fn give_up(self, taken: &mut Taken) {
+        for (volume, snapshot) in self.volumes.iter().zip(&self.snapshots) {
+            taken.give_back_cow(&names::export(volume, &snapshot.name));
+        }
+    }
+
+    /// Make the stores, all or none, in the order in which they were added.
+    pub fn carry_out(self, taken: &mut Taken) -> Result<Made, Refusal> {
+        let roles: Vec<String> = self
+            .volumes
+            .iter()
+            .zip(&self.snapshots)
+            .map(|(volume, snapshot)| names::export(volume, &snapshot.name))
+            .collect();
+        let mut notes = self.notes;
+        match make_snapshots(self.snapshots, &mut notes) {
+            Ok((snapshots, undo)) => {
+                for (volume, snapshot) in self.volumes.iter().zip(&snapshots) {
+                    note_made(taken, volume, std::slice::from_ref(snapshot));
+                }
+                let deed = Deed { undo, roles };
+                Ok(Made {
+                    snapshots,
+                    notes,
+                    deed,
+                })
+            }
+            Err(refusal) => {
+                for role in roles {
+                    taken.give_back_cow(&role);
+                }
+                Err(refusal)
+            }
+        }
+    }
+}
+
+/// A snapshot that is taken now begins with an empty store.
+fn must_be_new(
+    request: &SnapshotRequest,
+) -> impl FnOnce(PlannedCow) -> Result<PlannedCow, Refusal> + '_ {
+    |cow| match cow {
+        PlannedCow::New(_) => Ok(cow),
+        PlannedCow::Whole { .. } | PlannedCow::Torn { .. } => {
+            Err(Refusal::new(&request.cow, Cause::StoreThere))
+        }
+    }
+}
+
+/// A refusal in the words of an order, which has no `,format`.
+fn in_live_words(refusal: Refusal) -> Refusal {
+    let cause = match refusal.cause {
+        Cause::Foreign(what) => Cause::NotEmpty(what),
+        Cause::Header(what) => Cause::NotEmpty(what),
+        Cause::Store(_) | Cause::Persistent => Cause::StoreThere,
+        other => other,
+    };
+    Refusal { cause, ..refusal }
+}
+
+/// Stores that were made just now.
+#[derive(Debug)]
+pub struct Made {
+    /// In the order of the plan.
+    pub snapshots: Vec<OpenSnapshot>,
+    /// What to tell.
+    pub notes: Vec<Note>,
+    /// Whether they stay.
+    pub deed: Deed,
+}
+
+/// The making of stores. They are taken back unless [`Deed::keep`] is called.
+#[derive(Debug)]
+pub struct Deed {
+    undo: Undo,
+    roles: Vec<String>,
+}
+
+impl Deed {
+    /// Their snapshots were taken.
+    pub fn keep(self) {
+        self.undo.keep();
+    }
+
+    /// Take them back: nobody may use them any more.
+    pub fn take_back(self, taken: &mut Taken) {
+        for role in &self.roles {
+            taken.give_back_cow(role);
+        }
+        drop(self.undo);
+    }
+}
+
+/// Where the store of the snapshot `name` goes unless it is said: beside the disk.
+pub fn default_cow(origin: &Origin, name: &str) -> std::path::PathBuf {
+    let mut path = origin.path.clone();
+    path.as_mut_os_string().push(format!(".{name}.cow"));
+    path
+}

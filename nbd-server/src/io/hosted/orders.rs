@@ -1,0 +1,158 @@
+//! Orders to a volume that is being served. Each is begun at once and reported
+//! when it has ended; meanwhile the volume goes on.
+
+use std::sync::mpsc::Sender;
+
+use nbdsnap_engine::{InstantId, SnapshotId, View};
+
+use super::{Hosted, HostedStore, NewSnapshot, State};
+use crate::io::disk::{Disk, LocalDisk};
+use crate::io::file::Medium;
+
+/// An order to one volume, and whom to tell how it ended. Whoever asked may have
+/// given up: a report that nobody takes is dropped.
+#[derive(Debug)]
+pub enum VolumeOrder {
+    /// Prepare the instant of new snapshots and hold the origin's writes. Ends
+    /// with the ids when the volume is held, to stay so until
+    /// [`VolumeOrder::Take`] or [`VolumeOrder::Abandon`]. One at a time.
+    Hold {
+        /// The snapshots.
+        snapshots: Vec<NewSnapshot>,
+        /// Where the ids go.
+        held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
+    },
+    /// Take the instant that is held, and go on.
+    Take {
+        /// Told when the snapshots are there; false: nothing is held any more.
+        taken: Sender<bool>,
+    },
+    /// Give the instant up, held or not, and go on.
+    Abandon {
+        /// Told when the snapshots' stores are not used any more.
+        abandoned: Sender<()>,
+    },
+    /// End a snapshot: its clients are told, and dropped.
+    Remove {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Told when its store is not used any more.
+        removed: Sender<()>,
+    },
+}
+
+/// Why a volume cannot be held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotHeld {
+    /// A flush of the origin failed.
+    FlushFailed,
+    /// The volume takes no more requests.
+    Closing,
+}
+
+/// An instant that is being prepared, or held.
+#[derive(Debug)]
+pub(super) struct Hold {
+    instant: InstantId,
+    ids: Vec<SnapshotId>,
+    held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
+}
+
+impl Hosted {
+    /// Begin what is ordered; [`Hosted::pump`] goes on with it.
+    pub(in crate::io) fn handle_order(&mut self, order: VolumeOrder) {
+        match order {
+            VolumeOrder::Hold { snapshots, held } => self.hold(snapshots, held),
+            VolumeOrder::Take { taken } => {
+                let hold = self.hold.take();
+                let there = hold.is_some_and(|hold| self.volume.take_instant(hold.instant).is_ok());
+                let _ = taken.send(there);
+            }
+            VolumeOrder::Abandon { abandoned } => {
+                if let Some(hold) = self.hold.take() {
+                    self.volume.abandon_instant(hold.instant);
+                    self.drop_stores(&hold.ids);
+                }
+                let _ = abandoned.send(());
+            }
+            VolumeOrder::Remove { snapshot, removed } => {
+                self.volume.remove_snapshot(snapshot);
+                self.leaving.insert(snapshot, removed);
+            }
+        }
+    }
+
+    fn hold(
+        &mut self,
+        snapshots: Vec<NewSnapshot>,
+        held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
+    ) {
+        assert!(self.hold.is_none(), "one instant at a time");
+        if self.state != State::Serving {
+            let _ = held.send(Err(NotHeld::Closing));
+            return;
+        }
+        let mut stores = Vec::new();
+        let mut rest = Vec::new();
+        for snapshot in snapshots {
+            stores.push(snapshot.store);
+            rest.push((snapshot.name, snapshot.disk.file));
+        }
+        let (instant, ids) = self.volume.begin_instant(stores);
+        for (&id, (name, file)) in ids.iter().zip(rest) {
+            self.add_store(id, name, file);
+        }
+        self.hold = Some(Hold { instant, ids, held });
+    }
+
+    fn add_store(&mut self, id: SnapshotId, name: String, file: std::fs::File) {
+        let disk = LocalDisk::new(Disk {
+            file,
+            medium: Medium::Store,
+            read_only: self.stores_read_only,
+        });
+        self.stores.insert(id, HostedStore { name, disk });
+    }
+
+    fn drop_stores(&mut self, ids: &[SnapshotId]) {
+        for id in ids {
+            self.stores.remove(id);
+        }
+    }
+
+    /// The engine holds the instant.
+    pub(super) fn instant_held(&mut self, instant: InstantId) {
+        if let Some(hold) = self.hold.as_ref().filter(|hold| hold.instant == instant) {
+            let _ = hold.held.send(Ok(hold.ids.clone()));
+        }
+    }
+
+    /// It cannot be held.
+    pub(super) fn instant_failed(&mut self, instant: InstantId) {
+        if let Some(hold) = self.hold.take_if(|hold| hold.instant == instant) {
+            self.drop_stores(&hold.ids);
+            let why = if self.state == State::Serving {
+                NotHeld::FlushFailed
+            } else {
+                NotHeld::Closing
+            };
+            let _ = hold.held.send(Err(why));
+        }
+    }
+
+    /// A snapshot has left.
+    pub(super) fn snapshot_removed(&mut self, id: SnapshotId) {
+        self.stores.remove(&id);
+        if let Some(removed) = self.leaving.remove(&id) {
+            let _ = removed.send(());
+        }
+    }
+
+    /// Whether clients can be attached to `view`.
+    pub(in crate::io) fn has_view(&self, view: View) -> bool {
+        match view {
+            View::Origin => true,
+            View::Snapshot(id) => self.stores.contains_key(&id) && !self.leaving.contains_key(&id),
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! `snapshot create`: stores are made while clients go on; then all volumes are
+//! held, the creation is committed, and all snapshots are taken: one instant for
+//! all of them, or none.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use nbdsnap_engine::{SnapshotId, StoreKind};
+
+use super::Administrator;
+use super::refusal::Refused;
+use crate::control::protocol::{Answer, Kind, SnapshotCreate, SnapshotName, StoreLimit};
+use crate::disks::{self, Deed, Note, SnapshotPlan, SnapshotRequest};
+use crate::io::{NewDisk, NewSnapshot, NotHeld, VolumeId, VolumeOrder};
+use crate::names;
+use crate::server::keeper::Kept;
+use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
+use crate::server::setup::OpenSnapshot;
+
+/// All volumes of a group are at rest within this time, or none is held any more.
+const HOLD: Duration = Duration::from_secs(30);
+
+/// The part of a group that one volume has.
+struct Part {
+    shard: usize,
+    volume: VolumeId,
+    name: String,
+    snapshots: Vec<NewSnapshot>,
+    facts: Vec<SnapshotFacts>,
+}
+
+/// A volume that is held.
+struct HeldPart {
+    name: String,
+    ids: Vec<SnapshotId>,
+    facts: Vec<SnapshotFacts>,
+}
+
+impl Administrator {
+    pub(super) fn create(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
+        self.check_creation(create)?;
+        let mut plan = SnapshotPlan::default();
+        let mut kept = Vec::new();
+        for name in &create.snapshots {
+            match self.plan_one(create, name, &mut plan) {
+                Ok(one) => kept.push(one),
+                Err(refused) => {
+                    plan.give_up(&mut self.taken);
+                    return Err(refused);
+                }
+            }
+        }
+        if let Err(why) = self.keeper.before_make(&kept) {
+            plan.give_up(&mut self.taken);
+            return Err(Refused::Keeper(why));
+        }
+        let made = plan.carry_out(&mut self.taken).inspect_err(|_| {
+            self.keeper.abandon(&kept);
+        })?;
+        let parts = self.parts(&create.snapshots, made.snapshots);
+        match self.take_all(parts, &kept) {
+            Ok(held) => {
+                made.deed.keep();
+                tell(&made.notes);
+                self.enter(held);
+                self.publish();
+                self.report_named(&create.snapshots)
+            }
+            Err(refused) => {
+                self.undo(made.deed, &kept);
+                Err(refused)
+            }
+        }
+    }
+
+    fn undo(&mut self, deed: Deed, kept: &[Kept]) {
+        deed.take_back(&mut self.taken);
+        self.keeper.abandon(kept);
+    }
+
+    /// What can be refused by looking at names.
+    fn check_creation(&self, create: &SnapshotCreate) -> Result<(), Refused> {
+        let wanted = &create.snapshots;
+        if wanted.is_empty() {
+            return Err(Refused::NothingNamed);
+        }
+        if create.cow.is_some() && wanted.len() > 1 {
+            return Err(Refused::OnePath(wanted.len()));
+        }
+        if let Some(path) = create.cow.as_ref().filter(|path| !path.is_absolute()) {
+            return Err(Refused::RelativePath(path.clone()));
+        }
+        if let Some(StoreLimit::PercentOfOrigin(percent)) = create.size
+            && !(1..=1000).contains(&percent)
+        {
+            return Err(Refused::Percent(percent));
+        }
+        for (place, name) in wanted.iter().enumerate() {
+            let volume = self
+                .registry
+                .volume(&name.volume)
+                .ok_or_else(|| Refused::NoVolume(name.volume.clone()))?;
+            if let Some(why) = names::fault(&name.snapshot) {
+                let name = name.snapshot.clone();
+                return Err(Refused::Name { name, why });
+            }
+            if volume.snapshot(&name.snapshot).is_some() {
+                return Err(Refused::Exists(name.clone()));
+            }
+            if wanted[..place].contains(name) {
+                return Err(Refused::Twice(name.clone()));
+            }
+            if volume.origin.read_only {
+                return Err(Refused::ReadOnly(volume.name.clone()));
+            }
+            if create.cow.is_none() && volume.is_block_device {
+                return Err(Refused::NoDefaultCow(name.to_string()));
+            }
+        }
+        Ok(())
+    }
+
+    fn plan_one(
+        &mut self,
+        create: &SnapshotCreate,
+        name: &SnapshotName,
+        plan: &mut SnapshotPlan,
+    ) -> Result<Kept, Refused> {
+        let volume = self.registry.volume(&name.volume).expect("checked before");
+        let origin = &volume.origin;
+        let beside = || disks::default_cow(origin, &name.snapshot);
+        let request = SnapshotRequest {
+            name: name.snapshot.clone(),
+            cow: create.cow.clone().unwrap_or_else(beside),
+            kind: match create.kind {
+                Kind::Persistent => StoreKind::Persistent,
+                Kind::Overflow => StoreKind::PersistentOverflow,
+                Kind::Transient => StoreKind::Transient,
+            },
+            chunk: create.chunk_bytes,
+            size: create.size.map(|size| match size {
+                StoreLimit::Bytes(bytes) => bytes,
+                StoreLimit::PercentOfOrigin(percent) => {
+                    (u128::from(origin.bytes) * u128::from(percent) / 100)
+                        .try_into()
+                        .unwrap_or(u64::MAX)
+                }
+            }),
+            read_only: create.read_only,
+            format: false,
+        };
+        plan.add(&name.volume, origin, &request, &mut self.taken)?;
+        Ok(Kept {
+            volume: name.volume.clone(),
+            disk: origin.path.clone(),
+            snapshot: name.snapshot.clone(),
+            cow: request.cow,
+        })
+    }
+
+    /// Sort the stores by volume, in the one order in which volumes are held.
+    fn parts(&self, names: &[SnapshotName], made: Vec<OpenSnapshot>) -> Vec<Part> {
+        let mut parts: BTreeMap<VolumeId, Part> = BTreeMap::new();
+        for (name, mut open) in names.iter().zip(made) {
+            let volume = self.registry.volume(&name.volume).expect("checked before");
+            let part = parts.entry(volume.id).or_insert_with(|| Part {
+                shard: volume.shard,
+                volume: volume.id,
+                name: volume.name.clone(),
+                snapshots: Vec::new(),
+                facts: Vec::new(),
+            });
+            part.facts.push(SnapshotFacts::of(&mut open));
+            part.snapshots.push(NewSnapshot {
+                name: open.name,
+                store: open.store,
+                disk: NewDisk {
+                    file: open.disk.file,
+                    is_block_device: open.disk.is_block_device,
+                },
+                fresh: true,
+            });
+        }
+        parts.into_values().collect()
+    }
+
+    /// Hold all, commit, take all; or leave all as they were.
+    fn take_all(&mut self, parts: Vec<Part>, kept: &[Kept]) -> Result<Vec<HeldPart>, Refused> {
+        let until = Instant::now() + HOLD;
+        let places: Vec<(usize, VolumeId)> =
+            parts.iter().map(|part| (part.shard, part.volume)).collect();
+        let mut answers = Vec::new();
+        for part in parts {
+            let (held, answer) = channel();
+            let snapshots = part.snapshots;
+            let order = VolumeOrder::Hold { snapshots, held };
+            self.shards[part.shard].order(part.volume, order);
+            answers.push((part.shard, part.name, part.facts, answer));
+        }
+        let mut all = Vec::new();
+        let mut failed = None;
+        for (shard, name, facts, answer) in answers {
+            match self.wait(shard, &answer, Some(until)) {
+                Ok(Ok(ids)) => all.push(HeldPart { name, ids, facts }),
+                Ok(Err(NotHeld::FlushFailed)) => failed = Some(Refused::FlushFailed(name)),
+                Ok(Err(NotHeld::Closing)) => failed = Some(Refused::Stopping),
+                Err(Refused::TooSlow) => failed = Some(Refused::NotHeld(HOLD.as_secs())),
+                Err(refused) => failed = Some(refused),
+            }
+            if failed.is_some() {
+                break;
+            }
+        }
+        if failed.is_none() {
+            failed = self.keeper.commit(kept).err().map(Refused::Keeper);
+        }
+        if let Some(refused) = failed {
+            self.abandon(&places);
+            return Err(refused);
+        }
+        self.take(&places)?;
+        Ok(all)
+    }
+
+    /// Take the instant that the volumes hold, all of them before any answer is
+    /// waited for.
+    fn take(&self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
+        let mut answers = Vec::new();
+        for &(shard, volume) in places {
+            let (taken, answer) = channel();
+            self.shards[shard].order(volume, VolumeOrder::Take { taken });
+            answers.push((shard, answer));
+        }
+        for (shard, answer) in answers {
+            if !self.wait(shard, &answer, None)? {
+                // It was held when it said so, and only an order ends that.
+                return Err(Refused::Stopping);
+            }
+        }
+        Ok(())
+    }
+
+    /// Give the instant up, and wait until nobody uses the stores any more.
+    fn abandon(&self, places: &[(usize, VolumeId)]) {
+        let mut answers = Vec::new();
+        for &(shard, volume) in places {
+            let (abandoned, answer) = channel();
+            self.shards[shard].order(volume, VolumeOrder::Abandon { abandoned });
+            answers.push((shard, answer));
+        }
+        for (shard, answer) in answers {
+            // A volume that is gone uses nothing.
+            let _ = self.wait(shard, &answer, None);
+        }
+    }
+
+    fn enter(&mut self, held: Vec<HeldPart>) {
+        let taken = Taken::Live(now());
+        for part in held {
+            let volume = self
+                .registry
+                .volume_mut(&part.name)
+                .expect("volumes stay while an order is executed");
+            for (id, facts) in part.ids.into_iter().zip(part.facts) {
+                let entry = SnapshotEntry::new(id, volume.origin.bytes, taken, facts);
+                volume.snapshots.push(entry);
+            }
+        }
+    }
+}
+
+/// What disks have to say goes to the log.
+fn tell(notes: &[Note]) {
+    for note in notes {
+        match note {
+            Note::Warning(text) => tracing::warn!("{text}"),
+            Note::Info(text) => tracing::info!("{text}"),
+        }
+    }
+}

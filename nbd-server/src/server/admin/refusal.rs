@@ -1,0 +1,61 @@
+//! Why an order is refused, or failed: one line, in the operator's words.
+
+use crate::control::protocol::SnapshotName;
+use crate::disks;
+
+/// Why an order is not executed. Unless it says otherwise, nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refused {
+    #[error("no volume is named {0:?}: 'nbdsnap volume list' shows those there are")]
+    NoVolume(String),
+    #[error("there is no snapshot {0}: 'nbdsnap snapshot list' shows those there are")]
+    NoSnapshot(SnapshotName),
+    #[error("the name {name:?} {why}")]
+    Name { name: String, why: &'static str },
+    #[error("there is a snapshot {0} already: take another name, or remove that one first")]
+    Exists(SnapshotName),
+    #[error("{0} is named twice")]
+    Twice(SnapshotName),
+    #[error("no snapshot is named: write VOLUME@NAME")]
+    NothingNamed,
+    #[error(
+        "--cow names one path, and there are {0} snapshots: leave it out, or take them one by one, if they need not be of one instant"
+    )]
+    OnePath(usize),
+    #[error("{0} is served with --read-only: no snapshot can be made of it")]
+    ReadOnly(String),
+    #[error(
+        "{0}: the disk is a block device, beside which no file can be made: name the store's path with --cow"
+    )]
+    NoDefaultCow(String),
+    #[error(
+        "the path {0:?} is not absolute: the server's working folder may be another than yours"
+    )]
+    RelativePath(std::path::PathBuf),
+    #[error("{0} %: the size of a store is 1 to 1000 % of its origin")]
+    Percent(u32),
+    #[error(transparent)]
+    Disk(#[from] disks::Refusal),
+    #[error("{0}: a flush of the disk failed, and no snapshot was taken; see the server's log")]
+    FlushFailed(String),
+    #[error(
+        "not all disks could be brought to rest within {0} seconds, and no snapshot was taken: is one of them stalled?"
+    )]
+    NotHeld(u64),
+    #[error("{0}")]
+    Keeper(String),
+    #[error("the server is stopping")]
+    Stopping,
+    #[error("a volume did not answer in time; see the server's log")]
+    TooSlow,
+    #[error(
+        "{0}: its store {1} is a block device, which cannot be deleted: leave --delete-cow out"
+    )]
+    DeleteDevice(SnapshotName, String),
+    #[error("{0} was removed, but its store {1} could not be deleted: {2}")]
+    NotDeleted(SnapshotName, String, String),
+    #[error(
+        "{0} was removed, but operations on its store have not ended within {1} seconds: is its disk stalled?"
+    )]
+    StillBusy(SnapshotName, u64),
+}

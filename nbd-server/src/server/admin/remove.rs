@@ -1,0 +1,131 @@
+//! `snapshot remove`: the keeper forgets first, for from the moment on at which
+//! the volume lets a snapshot go its store misses writes; then it vanishes from
+//! the lists, its clients are dropped, and its store is given back.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use super::Administrator;
+use super::refusal::Refused;
+use crate::control::protocol::{Answer, SnapshotName, SnapshotRemove};
+use crate::disks::{shown, sync_folder_of};
+use crate::io::{VolumeId, VolumeOrder};
+use crate::server::keeper::Kept;
+use crate::server::registry::SnapshotEntry;
+
+/// Operations on a store that is given up end within this time.
+const LEAVE: Duration = Duration::from_secs(30);
+
+impl Administrator {
+    pub(super) fn remove(&mut self, remove: &SnapshotRemove) -> Result<Answer, Refused> {
+        let names = &remove.snapshots;
+        if names.is_empty() {
+            return Err(Refused::NothingNamed);
+        }
+        let mut kept = Vec::new();
+        for (place, name) in names.iter().enumerate() {
+            if names[..place].contains(name) {
+                return Err(Refused::Twice(name.clone()));
+            }
+            kept.push(self.kept(name)?);
+            let (_, _, entry) = self.find(name)?;
+            if remove.delete_cow && entry.cow_is_block_device {
+                return Err(Refused::DeleteDevice(name.clone(), shown(&entry.cow)));
+            }
+        }
+        let answer = self.report_named(names)?;
+        self.keeper.forget(&kept).map_err(Refused::Keeper)?;
+        let mut leaving = Vec::new();
+        for name in names {
+            leaving.push((name, self.strike_out(name)));
+        }
+        self.publish();
+        let until = Instant::now() + LEAVE;
+        let mut answers = Vec::new();
+        for (name, (shard, volume, entry)) in leaving {
+            let (removed, answer) = channel();
+            let snapshot = entry.id;
+            let order = VolumeOrder::Remove { snapshot, removed };
+            self.shards[shard].order(volume, order);
+            answers.push((name, shard, entry, answer));
+        }
+        let mut failed = None;
+        for (name, shard, entry, answer) in answers {
+            let ended = match self.wait(shard, &answer, Some(until)) {
+                Err(Refused::TooSlow) => Err(Refused::StillBusy(name.clone(), LEAVE.as_secs())),
+                other => other,
+            };
+            self.taken.give_back_cow(&name.to_string());
+            let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
+            failed = failed.or(cleaned.err());
+        }
+        failed.map_or(Ok(answer), Err)
+    }
+
+    /// A snapshot, with the thread and the volume it lives on.
+    pub(super) fn find(
+        &self,
+        name: &SnapshotName,
+    ) -> Result<(usize, VolumeId, &SnapshotEntry), Refused> {
+        let missing = || Refused::NoSnapshot(name.clone());
+        let volume = self.registry.volume(&name.volume).ok_or_else(missing)?;
+        let entry = volume.snapshot(&name.snapshot).ok_or_else(missing)?;
+        Ok((volume.shard, volume.id, entry))
+    }
+
+    pub(super) fn kept(&self, name: &SnapshotName) -> Result<Kept, Refused> {
+        let missing = || Refused::NoSnapshot(name.clone());
+        let volume = self.registry.volume(&name.volume).ok_or_else(missing)?;
+        let entry = volume.snapshot(&name.snapshot).ok_or_else(missing)?;
+        Ok(Kept {
+            volume: volume.name.clone(),
+            disk: volume.origin.path.clone(),
+            snapshot: entry.name.clone(),
+            cow: entry.cow.clone(),
+        })
+    }
+
+    /// Take a snapshot that is there out of the registry.
+    fn strike_out(&mut self, name: &SnapshotName) -> (usize, VolumeId, SnapshotEntry) {
+        let volume = self
+            .registry
+            .volume_mut(&name.volume)
+            .expect("it was found");
+        let here = |entry: &SnapshotEntry| entry.name == name.snapshot;
+        let place = volume
+            .snapshots
+            .iter()
+            .position(here)
+            .expect("it was found");
+        (volume.shard, volume.id, volume.snapshots.remove(place))
+    }
+}
+
+/// See to the file of a store that nobody uses any more.
+fn clean_up(name: &SnapshotName, entry: SnapshotEntry, delete: bool) -> Result<(), Refused> {
+    let path = shown(&entry.cow);
+    let done = if delete {
+        delete_store(&entry)
+    } else {
+        entry.scratch.map_or(Ok(()), |scratch| scratch.discard())
+    };
+    done.map_err(|error| Refused::NotDeleted(name.clone(), path, error.to_string()))
+}
+
+/// Delete the file, if it is still the store that was served.
+fn delete_store(entry: &SnapshotEntry) -> io::Result<()> {
+    let meta = std::fs::symlink_metadata(&entry.cow)?;
+    let served = std::fs::metadata(&entry.cow)?;
+    if Some((served.dev(), served.ino())) != entry.cow_inode {
+        return Err(io::Error::other("another file lies there by now"));
+    }
+    if meta.is_symlink() {
+        return Err(io::Error::other(
+            "it is a symbolic link: delete what it leads to",
+        ));
+    }
+    std::fs::remove_file(&entry.cow)?;
+    sync_folder_of(&entry.cow)
+}

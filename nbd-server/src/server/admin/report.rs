@@ -1,0 +1,174 @@
+//! What there is, and how it is doing.
+
+use std::collections::BTreeMap;
+
+use nbdsnap_engine::{SnapshotId, Status, StoreKind, View};
+use nbdsnap_format::SECTOR_BYTES;
+
+use super::Administrator;
+use super::refusal::Refused;
+use crate::control::protocol::{
+    Answer, Kind, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
+};
+use crate::io::{ClientStatus, HostedStatus, VolumeId};
+use crate::names;
+use crate::server::registry::{SnapshotEntry, VolumeEntry};
+
+/// What the volumes' threads say.
+struct Said {
+    statuses: BTreeMap<(VolumeId, SnapshotId), Status>,
+    clients: Vec<ClientStatus>,
+}
+
+impl Said {
+    fn clients_of(&self, volume: VolumeId, view: View) -> u64 {
+        let here = |client: &&ClientStatus| client.volume == volume && client.view == view;
+        self.clients.iter().filter(here).count() as u64
+    }
+}
+
+impl Administrator {
+    /// All snapshots of a volume, for `VOLUME`; one, for `VOLUME@NAME`; else all.
+    pub(super) fn report_snapshots(&mut self, selection: &Selection) -> Result<Answer, Refused> {
+        let mut wanted = Vec::new();
+        if selection.names.is_empty() {
+            for volume in &self.registry.volumes {
+                wanted.extend(all_of(volume));
+            }
+        }
+        for text in &selection.names {
+            let name = text.split_once('@');
+            let volume = name.map_or(text.as_str(), |(volume, _)| volume);
+            let entry = self
+                .registry
+                .volume(volume)
+                .ok_or_else(|| Refused::NoVolume(volume.to_owned()))?;
+            match name {
+                None => wanted.extend(all_of(entry)),
+                Some((volume, snapshot)) => wanted.push(SnapshotName {
+                    volume: volume.to_owned(),
+                    snapshot: snapshot.to_owned(),
+                }),
+            }
+        }
+        self.report_named(&wanted)
+    }
+
+    /// Just these.
+    pub(super) fn report_named(&mut self, wanted: &[SnapshotName]) -> Result<Answer, Refused> {
+        let said = self.ask_shards()?;
+        let mut reports = Vec::new();
+        for name in wanted {
+            let missing = || Refused::NoSnapshot(name.clone());
+            let volume = self.registry.volume_mut(&name.volume).ok_or_else(missing)?;
+            let (id, volume_name) = (volume.id, volume.name.clone());
+            let entry = volume
+                .snapshots
+                .iter_mut()
+                .find(|entry| entry.name == name.snapshot)
+                .ok_or_else(missing)?;
+            reports.push(report(id, &volume_name, entry, &said));
+        }
+        Ok(Answer::Snapshots(reports))
+    }
+
+    pub(super) fn report_volumes(&self) -> Result<Answer, Refused> {
+        let said = self.ask_shards()?;
+        let volumes = self.registry.volumes.iter().map(|volume| VolumeReport {
+            name: volume.name.clone(),
+            disk: volume.origin.path.clone(),
+            bytes: volume.origin.bytes,
+            read_only: volume.origin.read_only,
+            snapshots: all_of(volume).map(|name| name.to_string()).collect(),
+            clients: said.clients_of(volume.id, View::Origin),
+        });
+        Ok(Answer::Volumes(volumes.collect()))
+    }
+
+    fn ask_shards(&self) -> Result<Said, Refused> {
+        let mut said = Said {
+            statuses: BTreeMap::new(),
+            clients: Vec::new(),
+        };
+        let asked: Vec<_> = self
+            .shards
+            .iter()
+            .map(|shard| (shard.statuses(), shard.clients()))
+            .collect();
+        for (shard, (statuses, clients)) in asked.into_iter().enumerate() {
+            let statuses: Vec<HostedStatus> = self.wait(shard, &statuses, None)?;
+            said.statuses.extend(
+                statuses
+                    .into_iter()
+                    .map(|one| ((one.volume, one.snapshot), one.status)),
+            );
+            said.clients.extend(self.wait(shard, &clients, None)?);
+        }
+        Ok(said)
+    }
+}
+
+fn all_of(volume: &VolumeEntry) -> impl Iterator<Item = SnapshotName> + '_ {
+    volume.snapshots.iter().map(|snapshot| SnapshotName {
+        volume: volume.name.clone(),
+        snapshot: snapshot.name.clone(),
+    })
+}
+
+fn report(
+    volume: VolumeId,
+    volume_name: &str,
+    entry: &mut SnapshotEntry,
+    said: &Said,
+) -> SnapshotReport {
+    let status = said.statuses.get(&(volume, entry.id)).copied();
+    let status = status.unwrap_or(Status::Invalid);
+    let mut report = SnapshotReport {
+        name: names::export(volume_name, &entry.name),
+        volume: volume_name.to_owned(),
+        snapshot: entry.name.clone(),
+        state: match status {
+            Status::Active { .. } => SnapshotState::Active,
+            Status::Overflow => SnapshotState::Overflow,
+            Status::Invalid => SnapshotState::Invalid,
+        },
+        cow: entry.cow.clone(),
+        kind: match entry.kind {
+            StoreKind::Persistent => Kind::Persistent,
+            StoreKind::PersistentOverflow => Kind::Overflow,
+            StoreKind::Transient => Kind::Transient,
+        },
+        read_only: entry.read_only,
+        taken_at: entry.taken.at(),
+        bytes: entry.bytes,
+        chunk_bytes: entry.chunk_bytes,
+        allocated_bytes: None,
+        metadata_bytes: None,
+        data_bytes: None,
+        limit_bytes: None,
+        free_bytes: None,
+        fill_bytes_per_second: None,
+        full_in_seconds: None,
+        clients: said.clients_of(volume, View::Snapshot(entry.id)),
+        status: format!("0 {} snapshot {status}", entry.bytes / SECTOR_BYTES),
+    };
+    if let Status::Active {
+        allocated,
+        total,
+        metadata,
+    } = status
+    {
+        let [allocated, total, metadata] =
+            [allocated, total, metadata].map(|sectors| sectors * SECTOR_BYTES);
+        let free = total.saturating_sub(allocated);
+        let rate = entry.fill.measure(allocated);
+        report.allocated_bytes = Some(allocated);
+        report.metadata_bytes = Some(metadata);
+        report.data_bytes = Some(allocated.saturating_sub(metadata));
+        report.limit_bytes = Some(total);
+        report.free_bytes = Some(free);
+        report.fill_bytes_per_second = rate;
+        report.full_in_seconds = rate.and_then(|rate| free.checked_div(rate));
+    }
+    report
+}

@@ -1,0 +1,269 @@
+//! What a server serves: its volumes and their snapshots, by name, with where
+//! each lives and what it was made with. The administrator owns it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use nbdsnap_engine::{SnapshotId, StoreKind, View};
+
+use super::directory::{Exports, Route};
+use super::setup::OpenSnapshot;
+use crate::cli::size;
+use crate::disks::{Origin, Scratch};
+use crate::io::VolumeId;
+use crate::names;
+use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
+
+/// The volumes, in the order in which they came.
+#[derive(Debug, Default)]
+pub(super) struct Registry {
+    pub(super) volumes: Vec<VolumeEntry>,
+}
+
+/// A volume that is served.
+#[derive(Debug)]
+pub(super) struct VolumeEntry {
+    pub(super) name: String,
+    pub(super) id: VolumeId,
+    /// The thread that owns it.
+    pub(super) shard: usize,
+    pub(super) origin: Origin,
+    pub(super) is_block_device: bool,
+    /// In the order in which they came.
+    pub(super) snapshots: Vec<SnapshotEntry>,
+}
+
+/// A snapshot of it.
+#[derive(Debug)]
+pub(super) struct SnapshotEntry {
+    pub(super) name: String,
+    pub(super) id: SnapshotId,
+    pub(super) cow: PathBuf,
+    pub(super) cow_is_block_device: bool,
+    /// The store's file, by device and inode: whether the path still leads to it.
+    pub(super) cow_inode: Option<(u64, u64)>,
+    pub(super) kind: StoreKind,
+    pub(super) chunk_bytes: u64,
+    pub(super) read_only: bool,
+    /// Its size: what the origin had when it was taken.
+    pub(super) bytes: u64,
+    pub(super) taken: Taken,
+    pub(super) scratch: Option<Scratch>,
+    pub(super) fill: FillRate,
+}
+
+/// When a snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// Before this server: nobody has written down when.
+    Before,
+    /// When this server started, at this second.
+    AtStart(u64),
+    /// While it ran.
+    Live(u64),
+}
+
+impl Taken {
+    /// Seconds since 1970.
+    pub(super) fn at(self) -> Option<u64> {
+        match self {
+            Self::Before => None,
+            Self::AtStart(at) | Self::Live(at) => Some(at),
+        }
+    }
+}
+
+/// Whoever reads it may be in another folder.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Now, in seconds since 1970.
+pub(super) fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// How fast a store fills: what was allocated when somebody looked last, or when
+/// it came.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FillRate {
+    since: Instant,
+    allocated: u64,
+    /// What was measured when `since` was moved.
+    last: Option<u64>,
+}
+
+impl FillRate {
+    /// Shorter spans say nothing.
+    const SHORTEST: f64 = 1.0;
+    /// Older measurements are of another time.
+    const LONGEST: f64 = 60.0;
+
+    pub(super) fn new(allocated: u64) -> Self {
+        Self {
+            since: Instant::now(),
+            allocated,
+            last: None,
+        }
+    }
+
+    /// Bytes a second of late, given what is allocated now.
+    pub(super) fn measure(&mut self, allocated: u64) -> Option<u64> {
+        let seconds = self.since.elapsed().as_secs_f64();
+        if seconds < Self::SHORTEST {
+            return self.last;
+        }
+        let rate = (allocated.saturating_sub(self.allocated) as f64 / seconds) as u64;
+        self.last = Some(rate);
+        if seconds > Self::LONGEST {
+            self.since = Instant::now();
+            self.allocated = allocated;
+        }
+        self.last
+    }
+}
+
+impl SnapshotEntry {
+    /// A snapshot that is served from now on as `id`. The open store itself is
+    /// somebody else's by then.
+    pub(super) fn new(id: SnapshotId, bytes: u64, taken: Taken, facts: SnapshotFacts) -> Self {
+        Self {
+            name: facts.name,
+            id,
+            cow: facts.cow,
+            cow_is_block_device: facts.cow_is_block_device,
+            cow_inode: facts.cow_inode,
+            kind: facts.kind,
+            chunk_bytes: facts.chunk_bytes,
+            read_only: facts.read_only,
+            bytes,
+            taken,
+            scratch: facts.scratch,
+            fill: FillRate::new(facts.allocated),
+        }
+    }
+}
+
+/// What the registry keeps of an [`OpenSnapshot`] that moves to its thread.
+#[derive(Debug)]
+pub(super) struct SnapshotFacts {
+    name: String,
+    cow: PathBuf,
+    cow_is_block_device: bool,
+    cow_inode: Option<(u64, u64)>,
+    kind: StoreKind,
+    chunk_bytes: u64,
+    read_only: bool,
+    scratch: Option<Scratch>,
+    allocated: u64,
+}
+
+impl SnapshotFacts {
+    pub(super) fn of(snapshot: &mut OpenSnapshot) -> Self {
+        let allocated = match snapshot.store.status() {
+            nbdsnap_engine::Status::Active { allocated, .. } => {
+                allocated * nbdsnap_format::SECTOR_BYTES
+            }
+            _ => 0,
+        };
+        Self {
+            name: snapshot.name.clone(),
+            cow: absolute(&snapshot.disk.path),
+            cow_is_block_device: snapshot.disk.is_block_device,
+            cow_inode: snapshot
+                .disk
+                .file
+                .metadata()
+                .ok()
+                .map(|meta| (meta.dev(), meta.ino())),
+            kind: snapshot.store.kind(),
+            chunk_bytes: snapshot.store.chunk_size().bytes(),
+            read_only: snapshot.read_only,
+            scratch: snapshot.scratch.take(),
+            allocated,
+        }
+    }
+}
+
+impl VolumeEntry {
+    pub(super) fn snapshot(&self, name: &str) -> Option<&SnapshotEntry> {
+        self.snapshots.iter().find(|entry| entry.name == name)
+    }
+
+    fn export(&self) -> Export {
+        let chunks = self.snapshots.iter().map(|snapshot| snapshot.chunk_bytes);
+        let description = match self.snapshots.len() {
+            0 => "disk without snapshots".into(),
+            1 => "origin of 1 snapshot".into(),
+            count => format!("origin of {count} snapshots"),
+        };
+        Export {
+            name: self.name.clone(),
+            description,
+            size: self.origin.bytes,
+            flags: transmission_flags(self.origin.read_only, false),
+            block_size: BlockSize::for_chunk(chunks.min().unwrap_or(0)),
+        }
+    }
+
+    fn snapshot_export(&self, snapshot: &SnapshotEntry) -> Export {
+        let kind = match snapshot.kind {
+            StoreKind::Persistent => "persistent",
+            StoreKind::PersistentOverflow => "persistent, kept when full",
+            StoreKind::Transient => "transient",
+        };
+        let taken = match snapshot.taken {
+            Taken::Before => String::new(),
+            Taken::AtStart(_) => ", taken when this server started".into(),
+            Taken::Live(at) => format!(", taken at {}", crate::cli::when::show(at)),
+        };
+        Export {
+            name: names::export(&self.name, &snapshot.name),
+            description: format!(
+                "snapshot of {} ({kind}, chunks of {}{taken})",
+                self.name,
+                size::show(snapshot.chunk_bytes)
+            ),
+            size: snapshot.bytes,
+            flags: transmission_flags(snapshot.read_only, false),
+            block_size: BlockSize::for_chunk(snapshot.chunk_bytes),
+        }
+    }
+}
+
+impl Registry {
+    pub(super) fn volume(&self, name: &str) -> Option<&VolumeEntry> {
+        self.volumes.iter().find(|entry| entry.name == name)
+    }
+
+    pub(super) fn volume_mut(&mut self, name: &str) -> Option<&mut VolumeEntry> {
+        self.volumes.iter_mut().find(|entry| entry.name == name)
+    }
+
+    /// What clients see: for each volume the export `NAME`, then `NAME@SNAPSHOT`
+    /// for each of its snapshots. Where there is only one volume, its origin is
+    /// the default export too.
+    pub(super) fn exports(&self) -> Result<Exports, CatalogError> {
+        let mut exports = Vec::new();
+        let mut routes = Vec::new();
+        for volume in &self.volumes {
+            let route = |view, read_only| Route {
+                shard: volume.shard,
+                volume: volume.id,
+                view,
+                read_only,
+            };
+            exports.push(volume.export());
+            routes.push(route(View::Origin, volume.origin.read_only));
+            for snapshot in &volume.snapshots {
+                exports.push(volume.snapshot_export(snapshot));
+                routes.push(route(View::Snapshot(snapshot.id), snapshot.read_only));
+            }
+        }
+        let default = (self.volumes.len() == 1).then_some(0);
+        Ok(Exports::new(Catalog::new(exports, default)?, routes))
+    }
+}
