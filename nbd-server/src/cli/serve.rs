@@ -10,7 +10,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueHint};
@@ -18,10 +18,16 @@ use clap::{Args, ValueHint};
 use super::Failure;
 use super::listen::{self, Bound};
 use super::spec::{self, DiskSpec, SnapshotSpec};
-use crate::disks::{self, Note, Opened, VolumeRequest};
+use crate::disks::{self, Note, Opened, Plan, VolumeRequest};
 use crate::nbd::uri::ListenAddr;
 use crate::server;
 use crate::server::setup::{Listener, OpenVolume, Setup};
+use crate::state::Records;
+use crate::state::admission::{self, Recorded};
+use crate::state::files::SystemFiles;
+use crate::state::folder::StateFolder;
+use crate::state::keeper::Keeper;
+use crate::state::place::settled;
 
 /// Serve disks and their snapshots until SIGTERM or SIGINT.
 ///
@@ -41,7 +47,7 @@ pub(super) struct ServeArgs {
     /// extension. What stands before the first '=' is a NAME unless it contains a
     /// '/': write './a=b.img' for a path with '='. A name may hold anything but
     /// '/', '@', '=' and control characters, up to 255 bytes.
-    #[arg(value_name = "[NAME=]DISK", required = true, value_hint = ValueHint::FilePath, value_parser = disk_parser())]
+    #[arg(value_name = "[NAME=]DISK", required_unless_present = "state", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
     disks: Vec<DiskSpec>,
 
     /// Serve a snapshot of a disk, kept in the COW store COW.
@@ -74,6 +80,22 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     control: Option<PathBuf>,
 
+    /// Remember in the folder DIR what this server has, and serve it again.
+    ///
+    /// What was created while it ran comes back after a restart, a crash or a
+    /// reboot, beside what the command line names. A volume whose disk or store is
+    /// missing is reported, and does not stop the others. DIR is made if it does
+    /// not exist; it is one server's alone.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    state: Option<PathBuf>,
+
+    /// Write to a disk without its store COW: that snapshot is given up.
+    ///
+    /// A disk remembers its stores, since one that misses a write is wrong ever
+    /// after; it is not served writable without one of them unless you say so.
+    #[arg(long, value_name = "COW", value_hint = ValueHint::FilePath)]
+    without: Vec<PathBuf>,
+
     /// Threads that own volumes.
     ///
     /// A volume lives on one thread, with its clients. By default as many as there
@@ -93,8 +115,11 @@ COW stores:
     a store            is opened, whoever made it (the kernel's dm-snapshot, LVM, this
                        program): the snapshot goes on where it was.
     anything else      is refused and left alone; the message says what it is.
-  A store belongs to its disk: write to the disk while a store of it is not served,
-  and that snapshot is silently wrong.
+  A store belongs to its disk: it must see every write to it. The disk's stores are
+  listed in DISK.nbdsnap beside it (for a block device, in the folder of --state, else
+  in /var/lib/nbdsnap). The disk is not served writable without one of them, unless
+  --without gives that one up, nor with a store from elsewhere, unless 'adopt' says
+  that it has missed nothing.
 
 Options after COW, each with a comma before it (',,' is a comma in the path):
   chunk=SIZE   the unit of copying: a power of two from 1s to 1G, default 16K. Small
@@ -113,6 +138,9 @@ Options after COW, each with a comma before it (',,' is a comma in the path):
   format       make the new store even where something else lies, which is then lost.
                A healthy store is opened all the same, so that a command line with
                'format' can be run again.
+
+  adopt        take in a store that the disk's list does not name: one that the
+               kernel or LVM made, and kept up with the disk until now.
 
 Sizes: 4096, 4K or 4KiB, 1M, 1G, 1T; 64s is 64 sectors of 512 bytes.
 
@@ -164,16 +192,19 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         listen,
         read_only,
         control,
+        state,
+        without,
         threads,
     } = args;
     let volumes = spec::assemble(disks, snapshots, read_only).map_err(Failure::usage)?;
-    let threads = threads.map_or_else(|| default_threads(volumes.len()), usize::from);
-    let ready = make_ready(
+    let ready = make_ready(Wanted {
         volumes,
-        &listen,
-        control.map(ListenAddr::Unix).as_ref(),
-        threads,
-    )?;
+        addresses: &listen,
+        control: control.map(ListenAddr::Unix),
+        threads: threads.map(usize::from),
+        state: state.as_deref(),
+        without: &without,
+    })?;
     let Ready { setup, lines } = ready;
     let paths = socket_paths(&setup);
     let mut served = false;
@@ -209,27 +240,61 @@ fn default_threads(volumes: usize) -> usize {
     cores.min(volumes).max(1)
 }
 
+/// What was asked for.
+#[derive(Default)]
+pub(super) struct Wanted<'a> {
+    pub(super) volumes: Vec<VolumeRequest>,
+    pub(super) addresses: &'a [ListenAddr],
+    pub(super) control: Option<ListenAddr>,
+    pub(super) threads: Option<usize>,
+    pub(super) state: Option<&'a Path>,
+    /// Stores that are given up.
+    pub(super) without: &'a [PathBuf],
+}
+
 /// Steps 2 to 4.
-pub(super) fn make_ready(
-    volumes: Vec<VolumeRequest>,
-    addresses: &[ListenAddr],
-    control: Option<&ListenAddr>,
-    threads: usize,
-) -> Result<Ready, Failure> {
-    let plan = disks::inspect(volumes).map_err(Failure::refused)?;
+pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
+    let folder = wanted.state.map(StateFolder::open).transpose();
+    let mut keeper = folder
+        .and_then(|folder| Keeper::open(SystemFiles, folder))
+        .map_err(Failure::refused)?;
+    let plan = plan(&keeper, wanted.volumes, wanted.without)?;
     let mut bound = Bound::default();
-    for address in addresses {
+    for address in wanted.addresses {
         bound.add(address).map_err(Failure::refused)?;
     }
     let mut bound_control = Bound::default();
-    if let Some(address) = control {
+    if let Some(address) = &wanted.control {
         bound_control.add(address).map_err(Failure::refused)?;
     }
+    let offered = plan.offered();
+    let threads = wanted
+        .threads
+        .unwrap_or_else(|| default_threads(offered.len()));
+    let next = admission::state_with(&keeper, offered.iter().map(Into::into).collect());
+    let files = admission::files_to_make(offered.iter().flat_map(|volume| &volume.stores));
+    let mut change = keeper.begin(next, files).map_err(Failure::refused)?;
+    let mut making = Recorded {
+        keeper: &mut keeper,
+        change: &mut change,
+    };
+    let carried_out = plan.carry_out(&mut making);
+    let records = Records {
+        keeper,
+        change: Some(change),
+    };
+    let opened = match carried_out {
+        Ok(opened) => opened,
+        Err(refusal) => {
+            records.abandon();
+            return Err(Failure::refused(refusal));
+        }
+    };
     let Opened {
         volumes,
         notes,
         taken,
-    } = plan.carry_out().map_err(Failure::refused)?;
+    } = opened;
     for note in notes {
         match note {
             Note::Warning(text) => tracing::warn!("{text}"),
@@ -246,8 +311,84 @@ pub(super) fn make_ready(
         threads,
         control,
         taken,
+        records,
     };
     Ok(Ready { setup, lines })
+}
+
+/// Look at everything that was asked for, and at what the records name. What was
+/// asked for must be as it should; what is only remembered is left out if it is not.
+fn plan(
+    keeper: &Keeper<SystemFiles>,
+    asked: Vec<VolumeRequest>,
+    without: &[PathBuf],
+) -> Result<Plan, Failure> {
+    let mut remembered: Vec<VolumeRequest> = Vec::new();
+    let mut asked = admission::with_merges(keeper, asked).map_err(Failure::refused)?;
+    for volume in &keeper.state().volumes {
+        let request = admission::request_of(volume);
+        match asked.iter_mut().find(|asked| asked.name == request.name) {
+            Some(asked) => join(asked, request, without)?,
+            None => remembered.push(request),
+        }
+    }
+    let mut plan = disks::inspect(asked).map_err(Failure::refused)?;
+    for volume in &plan.offered() {
+        admission::admit(keeper, volume, without).map_err(Failure::refused)?;
+    }
+    for request in remembered {
+        let name = request.name.clone();
+        if let Err(refusal) = remember(keeper, &mut plan, request, without) {
+            tracing::error!("{name} is not served: {refusal}");
+        }
+    }
+    Ok(plan)
+}
+
+/// Add a volume that the records name.
+fn remember(
+    keeper: &Keeper<SystemFiles>,
+    plan: &mut Plan,
+    mut request: VolumeRequest,
+    without: &[PathBuf],
+) -> Result<(), disks::Refusal> {
+    let given_up: Vec<PathBuf> = without.iter().map(|path| settled(path)).collect();
+    request
+        .snapshots
+        .retain(|snapshot| !given_up.contains(&settled(&snapshot.cow)));
+    plan.add(vec![request])?;
+    let offered = plan.offered();
+    let volume = offered.last().expect("it was added just now");
+    admission::admit(keeper, volume, without).inspect_err(|_| plan.drop_last())
+}
+
+/// A volume that was asked for has the snapshots that the records name too. What
+/// was asked for in other words counts as it was asked for.
+fn join(
+    asked: &mut VolumeRequest,
+    remembered: VolumeRequest,
+    without: &[PathBuf],
+) -> Result<(), Failure> {
+    if settled(&asked.path) != settled(&remembered.path) {
+        return Err(Failure::Refused(format!(
+            "the volume {} is known as {}: give {} another name, or take the other one out of the state first",
+            asked.name,
+            disks::shown(&remembered.path),
+            disks::shown(&asked.path),
+        )));
+    }
+    let given_up: Vec<PathBuf> = without.iter().map(|path| settled(path)).collect();
+    for snapshot in remembered.snapshots {
+        let cow = settled(&snapshot.cow);
+        let known = asked
+            .snapshots
+            .iter()
+            .any(|other| other.name == snapshot.name || settled(&other.cow) == cow);
+        if !known && !given_up.contains(&cow) {
+            asked.snapshots.push(snapshot);
+        }
+    }
+    Ok(())
 }
 
 /// The URIs of every export, a line each.

@@ -39,6 +39,8 @@ pub(super) struct SnapshotSpec {
     pub read_only: bool,
     /// `format`.
     pub format: bool,
+    /// `adopt`.
+    pub adopt: bool,
 }
 
 /// What is wrong with the words of an argument.
@@ -70,7 +72,7 @@ pub(super) enum SpecError {
     NotASnapshot,
     /// Something that is no option.
     #[error(
-        "unknown option '{0}' after the COW path: there are chunk=SIZE, size=SIZE, transient, overflow, ro and format (a comma that is part of the path is written ',,')"
+        "unknown option '{0}' after the COW path: there are chunk=SIZE, size=SIZE, transient, overflow, ro, format and adopt (a comma that is part of the path is written ',,')"
     )]
     UnknownOption(String),
     /// An option that has come before.
@@ -176,6 +178,7 @@ impl SnapshotSpec {
             },
             read_only: options.ro,
             format: options.format,
+            adopt: options.adopt,
         })
     }
 }
@@ -188,6 +191,7 @@ struct Options {
     overflow: bool,
     ro: bool,
     format: bool,
+    adopt: bool,
 }
 
 impl Options {
@@ -214,6 +218,7 @@ impl Options {
             None if word == "overflow" => flag(&mut self.overflow, "overflow"),
             None if word == "ro" => flag(&mut self.ro, "ro"),
             None if word == "format" => flag(&mut self.format, "format"),
+            None if word == "adopt" => flag(&mut self.adopt, "adopt"),
             _ => Err(SpecError::UnknownOption(word.to_owned())),
         }
     }
@@ -269,6 +274,8 @@ pub(super) fn assemble(
             size: snapshot.size,
             read_only: snapshot.read_only,
             format: snapshot.format,
+            adopt: snapshot.adopt,
+            must_exist: false,
         });
     }
     Ok(volumes)

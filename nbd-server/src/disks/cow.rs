@@ -96,6 +96,9 @@ pub(super) fn plan(
         return Err(Refusal::new(&wanted.cow, Cause::ReadOnlyTransient));
     }
     let disk = match found {
+        Found::Missing(path) if wanted.must_exist => {
+            return Err(Refusal::new(&path, Cause::StoreGone));
+        }
         Found::Missing(path) => {
             return plan_new(wanted, origin, chunk, Place::Missing(path), notes);
         }
@@ -104,6 +107,9 @@ pub(super) fn plan(
     let contents = signature::contents(&disk)
         .map_err(|error| Refusal::io(&disk.path, "reading it", &error))?;
     match contents {
+        Contents::Empty | Contents::Other(_) if wanted.must_exist => {
+            Err(Refusal::new(&disk.path, Cause::StoreGone))
+        }
         Contents::Empty => plan_new(wanted, origin, chunk, Place::Empty(disk), notes),
         Contents::Store => plan_store(wanted, origin, chunk, disk, notes),
         Contents::Other(what) if wanted.format && !origin.read_only => {

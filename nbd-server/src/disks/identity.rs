@@ -89,6 +89,16 @@ impl Taken {
         Ok(())
     }
 
+    /// How many there are, for [`Taken::back_to`].
+    pub(super) fn mark(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Give back those that came after the mark.
+    pub(super) fn back_to(&mut self, mark: usize) {
+        self.files.truncate(mark);
+    }
+
     /// The file of `role` turns out to be this one: it has been made.
     pub(super) fn identify(&mut self, role: &Role, identity: Identity) {
         if let Some((known, ..)) = self.files.iter_mut().find(|(_, other, _)| other == role) {

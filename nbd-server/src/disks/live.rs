@@ -4,7 +4,7 @@
 use super::cow::{self, PlannedCow};
 use super::identity::{Role, Taken};
 use super::make::{Undo, make_snapshots, note_made};
-use super::{Cause, Note, Origin, PlannedSnapshot, Refusal, SnapshotRequest, open};
+use super::{Cause, Making, Note, Origin, PlannedSnapshot, Refusal, SnapshotRequest, open};
 use crate::names;
 use crate::server::setup::OpenSnapshot;
 
@@ -12,7 +12,7 @@ use crate::server::setup::OpenSnapshot;
 /// Nothing has changed yet; [`SnapshotPlan::give_up`] leaves it at that.
 #[derive(Debug, Default)]
 pub struct SnapshotPlan {
-    snapshots: Vec<PlannedSnapshot>,
+    pub(super) snapshots: Vec<PlannedSnapshot>,
     /// Their volumes.
     volumes: Vec<String>,
     notes: Vec<Note>,
@@ -40,6 +40,8 @@ impl SnapshotPlan {
                     name: request.name.clone(),
                     read_only: request.read_only,
                     kind: request.kind,
+                    limit: request.size,
+                    adopted: false,
                     cow,
                 });
                 Ok(())
@@ -59,7 +61,7 @@ impl SnapshotPlan {
     }
 
     /// Make the stores, all or none, in the order in which they were added.
-    pub fn carry_out(self, taken: &mut Taken) -> Result<Made, Refusal> {
+    pub fn carry_out(self, taken: &mut Taken, making: &mut dyn Making) -> Result<Made, Refusal> {
         let roles: Vec<String> = self
             .volumes
             .iter()
@@ -67,7 +69,7 @@ impl SnapshotPlan {
             .map(|(volume, snapshot)| names::export(volume, &snapshot.name))
             .collect();
         let mut notes = self.notes;
-        match make_snapshots(self.snapshots, &mut notes) {
+        match make_snapshots(self.snapshots, &mut notes, making) {
             Ok((snapshots, undo)) => {
                 for (volume, snapshot) in self.volumes.iter().zip(&snapshots) {
                     note_made(taken, volume, std::slice::from_ref(snapshot));

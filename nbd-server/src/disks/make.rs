@@ -7,12 +7,13 @@ use std::path::PathBuf;
 
 use nbdsnap_engine::{Access, Action, Store, StoreKind, StoreSize, StoreSpec};
 use nbdsnap_format::SECTOR_BYTES;
+use rustix::fs::CWD;
 
 use super::cow::{NewStore, Place, PlannedCow, refused};
 use super::identity::{Identity, Role, Taken};
 use super::open::lock;
 use super::store_io::{StoreDisk, sync_folder_of};
-use super::{Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown};
+use super::{Making, Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown};
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
 use crate::names;
@@ -23,6 +24,7 @@ struct Prepared {
     name: String,
     read_only: bool,
     kind: StoreKind,
+    limit: Option<u64>,
     disk: OpenDisk,
     work: Work,
     scratch: Option<Scratch>,
@@ -45,7 +47,7 @@ impl Plan {
     /// Do what was planned. Everything that may fail for want of space comes
     /// first, for all stores; headers are written last, so that a failure leaves
     /// no store behind.
-    pub fn carry_out(self) -> Result<Opened, Refusal> {
+    pub fn carry_out(self, making: &mut dyn Making) -> Result<Opened, Refusal> {
         for volume in &self.volumes {
             settle_origin(volume)?;
         }
@@ -61,7 +63,7 @@ impl Plan {
             } = volume;
             let mut cows = Vec::new();
             for snapshot in snapshots {
-                cows.push(prepare(snapshot, &mut undo)?);
+                cows.push(prepare(snapshot, &mut undo, making)?);
             }
             prepared.push((name, disk, read_only, cows));
         }
@@ -95,11 +97,12 @@ impl Plan {
 pub(super) fn make_snapshots(
     planned: Vec<PlannedSnapshot>,
     notes: &mut Vec<Note>,
+    making: &mut dyn Making,
 ) -> Result<(Vec<OpenSnapshot>, Undo), Refusal> {
     let mut undo = Undo::default();
     let mut prepared = Vec::new();
     for snapshot in planned {
-        prepared.push(prepare(snapshot, &mut undo)?);
+        prepared.push(prepare(snapshot, &mut undo, making)?);
     }
     let mut made = Vec::new();
     for cow in prepared {
@@ -133,11 +136,17 @@ fn settle_origin(volume: &PlannedVolume) -> Result<(), Refusal> {
 }
 
 /// Make room for a store.
-fn prepare(snapshot: PlannedSnapshot, undo: &mut Undo) -> Result<Prepared, Refusal> {
+fn prepare(
+    snapshot: PlannedSnapshot,
+    undo: &mut Undo,
+    making: &mut dyn Making,
+) -> Result<Prepared, Refusal> {
     let PlannedSnapshot {
         name,
         read_only,
         kind,
+        limit,
+        adopted: _,
         cow,
     } = snapshot;
     let mut scratch = None;
@@ -148,12 +157,13 @@ fn prepare(snapshot: PlannedSnapshot, undo: &mut Undo) -> Result<Prepared, Refus
             size,
             origin_bytes,
         } => (disk, Work::Repair { size, origin_bytes }),
-        PlannedCow::New(new) => prepare_new(new, undo, &mut scratch)?,
+        PlannedCow::New(new) => prepare_new(new, undo, making, &mut scratch)?,
     };
     Ok(Prepared {
         name,
         read_only,
         kind,
+        limit,
         disk,
         work,
         scratch,
@@ -163,11 +173,12 @@ fn prepare(snapshot: PlannedSnapshot, undo: &mut Undo) -> Result<Prepared, Refus
 fn prepare_new(
     new: NewStore,
     undo: &mut Undo,
+    making: &mut dyn Making,
     scratch: &mut Option<Scratch>,
 ) -> Result<(OpenDisk, Work), Refusal> {
     let NewStore { place, spec } = new;
     let (mut disk, zeros) = match place {
-        Place::Missing(path) => (create(path, undo)?, 0),
+        Place::Missing(path) => (create(path, undo, making)?, 0),
         Place::Empty(disk) => {
             let zeros = written(&spec).min(disk.bytes);
             (disk, zeros)
@@ -216,17 +227,28 @@ fn forget_store(disk: &OpenDisk) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn create(path: PathBuf, undo: &mut Undo) -> Result<OpenDisk, Refusal> {
+/// Make the file of a store. It is empty until whoever records it has recorded it.
+fn create(path: PathBuf, undo: &mut Undo, making: &mut dyn Making) -> Result<OpenDisk, Refusal> {
+    let first_name = making.first_name(&path).unwrap_or_else(|| path.clone());
     let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         // It holds blocks of the disk: nobody else's business.
         .mode(0o600)
-        .open(&path)
+        .open(&first_name)
         .map_err(|error| Refusal::io(&path, "creating it", &error))?;
+    undo.steps.push(Step::Remove(first_name.clone()));
     lock(&file, &path, true)?;
-    undo.steps.push(Step::Remove(path.clone()));
+    making
+        .made(&path)
+        .map_err(|error| Refusal::io(&path, "recording it", &error))?;
+    if first_name != path {
+        let flags = rustix::fs::RenameFlags::NOREPLACE;
+        rustix::fs::renameat_with(CWD, &first_name, CWD, &path, flags)
+            .map_err(|errno| Refusal::io(&path, "creating it", &errno.into()))?;
+        undo.steps.push(Step::Remove(path.clone()));
+    }
     sync_folder_of(&path).map_err(|error| Refusal::io(&path, "making its name durable", &error))?;
     Ok(OpenDisk {
         file,
@@ -253,6 +275,7 @@ fn finish(
         name,
         read_only,
         kind,
+        limit,
         disk,
         work,
         scratch,
@@ -276,6 +299,7 @@ fn finish(
         store,
         fresh,
         read_only,
+        limit,
         scratch,
     })
 }
@@ -352,7 +376,11 @@ enum Step {
 impl Step {
     fn take_back(self) -> std::io::Result<()> {
         match self {
-            Self::Remove(path) => std::fs::remove_file(&path).and_then(|()| sync_folder_of(&path)),
+            Self::Remove(path) => match std::fs::remove_file(&path) {
+                // It has got another name.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                removed => removed.and_then(|()| sync_folder_of(&path)),
+            },
             Self::Shorten { file, to } => file.set_len(to).and_then(|()| file.sync_all()),
             Self::Zero { file, len } => {
                 let action = Action::WriteZeroes {

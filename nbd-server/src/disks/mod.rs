@@ -14,6 +14,8 @@ mod cow;
 mod identity;
 mod live;
 mod make;
+mod making;
+mod offered;
 mod open;
 mod refusal;
 mod signature;
@@ -26,6 +28,7 @@ use std::path::PathBuf;
 
 use nbdsnap_engine::StoreKind;
 
+use crate::names;
 use crate::server::setup::{OpenDisk, OpenVolume};
 use cow::PlannedCow;
 use identity::Role;
@@ -33,6 +36,8 @@ use identity::Role;
 pub use cow::Origin;
 pub use identity::Taken;
 pub use live::{Deed, Made, SnapshotPlan, default_cow};
+pub use making::{Making, Unrecorded};
+pub use offered::{OfferedStore, OfferedVolume};
 pub use refusal::{Cause, Refusal, shown};
 pub(crate) use store_io::sync_folder_of;
 
@@ -66,10 +71,15 @@ pub struct SnapshotRequest {
     pub read_only: bool,
     /// Make a store even where something else is.
     pub format: bool,
+    /// The operator says that the store has seen every write to the disk, though
+    /// the disk's list does not name it.
+    pub adopt: bool,
+    /// There must be a store already.
+    pub must_exist: bool,
 }
 
 /// What [`inspect`] found: everything open and locked, and what is to be done.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Plan {
     volumes: Vec<PlannedVolume>,
     notes: Vec<Note>,
@@ -89,6 +99,9 @@ struct PlannedSnapshot {
     name: String,
     read_only: bool,
     kind: StoreKind,
+    /// How far its file may grow, as it was asked for.
+    limit: Option<u64>,
+    adopted: bool,
     cow: PlannedCow,
 }
 
@@ -131,39 +144,68 @@ impl Scratch {
 
 /// Open, lock and check everything, changing nothing.
 pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
-    let mut taken = Taken::default();
-    let mut notes = Vec::new();
-    // All origins first: a store that is somebody's origin is then refused by
-    // that name, whatever the order of the arguments.
-    let mut origins = Vec::new();
-    for request in requests {
-        let disk = open::origin(&request, &mut taken)?;
-        origins.push((request, disk));
+    let mut plan = Plan::default();
+    plan.add(requests)?;
+    Ok(plan)
+}
+
+impl Plan {
+    /// Open, lock and check these too. What is refused is not in the plan.
+    pub fn add(&mut self, requests: Vec<VolumeRequest>) -> Result<(), Refusal> {
+        let before = self.taken.mark();
+        let added = self.inspect(requests);
+        match added {
+            Ok(volumes) => self.volumes.extend(volumes),
+            Err(refusal) => {
+                self.taken.back_to(before);
+                return Err(refusal);
+            }
+        }
+        Ok(())
     }
-    let mut volumes = Vec::new();
-    for (request, disk) in origins {
-        let mut snapshots = Vec::new();
-        for wanted in &request.snapshots {
-            let role = Role::Cow(format!("{}@{}", request.name, wanted.name));
-            let found = open::cow(&wanted.cow, request.read_only, role, &mut taken)?;
-            let origin = Origin::of(&disk, request.read_only);
-            snapshots.push(PlannedSnapshot {
-                name: wanted.name.clone(),
-                read_only: wanted.read_only || request.read_only,
-                kind: wanted.kind,
-                cow: cow::plan(wanted, &origin, found, &mut notes)?,
+
+    fn inspect(&mut self, requests: Vec<VolumeRequest>) -> Result<Vec<PlannedVolume>, Refusal> {
+        // All origins first: a store that is somebody's origin is then refused by
+        // that name, whatever the order of the arguments.
+        let mut origins = Vec::new();
+        for request in requests {
+            let disk = open::origin(&request, &mut self.taken)?;
+            origins.push((request, disk));
+        }
+        let mut volumes = Vec::new();
+        for (request, disk) in origins {
+            let mut snapshots = Vec::new();
+            for wanted in &request.snapshots {
+                let role = Role::Cow(names::export(&request.name, &wanted.name));
+                let found = open::cow(&wanted.cow, request.read_only, role, &mut self.taken)?;
+                let origin = Origin::of(&disk, request.read_only);
+                snapshots.push(PlannedSnapshot {
+                    name: wanted.name.clone(),
+                    read_only: wanted.read_only || request.read_only,
+                    kind: wanted.kind,
+                    limit: wanted.size,
+                    adopted: wanted.adopt,
+                    cow: cow::plan(wanted, &origin, found, &mut self.notes)?,
+                });
+            }
+            volumes.push(PlannedVolume {
+                name: request.name,
+                disk,
+                read_only: request.read_only,
+                snapshots,
             });
         }
-        volumes.push(PlannedVolume {
-            name: request.name,
-            disk,
-            read_only: request.read_only,
-            snapshots,
-        });
+        Ok(volumes)
     }
-    Ok(Plan {
-        volumes,
-        notes,
-        taken,
-    })
+
+    /// Take the last volume that was added out again: it is not served after all.
+    pub fn drop_last(&mut self) {
+        if let Some(volume) = self.volumes.pop() {
+            for snapshot in &volume.snapshots {
+                let export = names::export(&volume.name, &snapshot.name);
+                self.taken.give_back_cow(&export);
+            }
+            self.taken.give_back(&Role::Origin(volume.name));
+        }
+    }
 }

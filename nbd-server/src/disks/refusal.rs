@@ -174,6 +174,35 @@ pub enum Cause {
     /// A transient store while serving read-only.
     #[error("a transient snapshot writes to its COW store: it cannot be served with --read-only")]
     ReadOnlyTransient,
+    /// There should be a store, and there is none.
+    #[error("the store is gone: what was there once is not there any more")]
+    StoreGone,
+    /// The list of the disk's stores cannot be read or written.
+    #[error("the list of its stores cannot be used: {0}")]
+    List(String),
+    /// A store of the disk is not among those named.
+    #[error(
+        "its snapshot '{snapshot}' ({cow}) is not served with it, and would be wrong without a word once the disk is written: add it with --snapshot, give it up with --without {cow}, or serve with --read-only"
+    )]
+    StoreMissing {
+        /// The snapshot.
+        snapshot: String,
+        /// Its store.
+        cow: String,
+    },
+    /// The same, while that store is being merged.
+    #[error(
+        "it is being rolled back to the store {0}, which is not there: without it the disk is a mixture of two times; bring the store back"
+    )]
+    MergeMissing(String),
+    /// A store that was used before, but not with this disk, or not all the time.
+    #[error(
+        "is not on the list of stores of {0}, so that it may have missed writes to it: if you know that it has not (the kernel or LVM had them both), add ',adopt'"
+    )]
+    Unlisted(String),
+    /// A store that is known to be stale.
+    #[error("has missed a write to {0}, and is of no more use: its snapshot is lost")]
+    Stale(String),
     /// ENOSPC.
     #[error("no space left on its file system ({0})")]
     NoSpace(&'static str),

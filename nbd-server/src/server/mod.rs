@@ -13,7 +13,6 @@
 mod admin;
 mod directory;
 mod front;
-pub mod keeper;
 mod registry;
 pub mod setup;
 mod signals;
@@ -30,6 +29,7 @@ use crate::control::door::Door;
 use crate::disks::Origin;
 use crate::io::{NewDisk, NewSnapshot, NewVolume, Shard, VolumeId};
 use crate::nbd::export::{CatalogError, Export};
+use crate::state::keeper::StateError;
 use admin::{Admin, Administrator};
 use directory::Directory;
 use front::Front;
@@ -55,6 +55,9 @@ pub enum ServerError {
     /// The exports' names cannot be served.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// The records of what the server has cannot be written.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The operating system refused something that every server needs.
     #[error("cannot {what}: {error}")]
     System {
@@ -104,8 +107,19 @@ impl RunningServer {
             let exports = registry.exports()?;
             Ok((registry, exports))
         });
-        let (registry, exports) = match moved_in {
-            Ok(moved_in) => moved_in,
+        let committed = match moved_in {
+            Ok((registry, exports)) => setup
+                .records
+                .commit()
+                .map(|keeper| (registry, exports, keeper))
+                .map_err(ServerError::from),
+            Err(error) => {
+                setup.records.abandon();
+                Err(error)
+            }
+        };
+        let (registry, exports, keeper) = match committed {
+            Ok(committed) => committed,
             Err(error) => {
                 // Whatever has been begun is closed in order; the first error counts.
                 let _ = end_shards(shards);
@@ -118,7 +132,7 @@ impl RunningServer {
         let administrator = Administrator::new(
             registry,
             setup.taken,
-            Box::new(keeper::Forgetful),
+            keeper,
             Arc::clone(&directory),
             Arc::clone(&shards),
         );

@@ -14,6 +14,8 @@ use crate::disks::{Origin, Scratch};
 use crate::io::VolumeId;
 use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
+use crate::state::place::settled;
+use crate::state::record::{Full, SnapshotRecord, VolumeRecord};
 
 /// The volumes, in the order in which they came.
 #[derive(Debug, Default)]
@@ -44,6 +46,8 @@ pub(super) struct SnapshotEntry {
     /// The store's file, by device and inode: whether the path still leads to it.
     pub(super) cow_inode: Option<(u64, u64)>,
     pub(super) kind: StoreKind,
+    /// How far its file may grow, as it was asked for.
+    pub(super) limit: Option<u64>,
     pub(super) chunk_bytes: u64,
     pub(super) read_only: bool,
     /// Its size: what the origin had when it was taken.
@@ -137,6 +141,7 @@ impl SnapshotEntry {
             cow_is_block_device: facts.cow_is_block_device,
             cow_inode: facts.cow_inode,
             kind: facts.kind,
+            limit: facts.limit,
             chunk_bytes: facts.chunk_bytes,
             read_only: facts.read_only,
             bytes,
@@ -155,6 +160,7 @@ pub(super) struct SnapshotFacts {
     cow_is_block_device: bool,
     cow_inode: Option<(u64, u64)>,
     kind: StoreKind,
+    limit: Option<u64>,
     chunk_bytes: u64,
     read_only: bool,
     scratch: Option<Scratch>,
@@ -180,6 +186,7 @@ impl SnapshotFacts {
                 .ok()
                 .map(|meta| (meta.dev(), meta.ino())),
             kind: snapshot.store.kind(),
+            limit: snapshot.limit,
             chunk_bytes: snapshot.store.chunk_size().bytes(),
             read_only: snapshot.read_only,
             scratch: snapshot.scratch.take(),
@@ -188,7 +195,33 @@ impl SnapshotFacts {
     }
 }
 
+impl SnapshotEntry {
+    fn record(&self) -> SnapshotRecord {
+        SnapshotRecord {
+            name: self.name.clone(),
+            cow: settled(&self.cow),
+            kind: self.kind.into(),
+            limit: self.limit,
+            read_only: self.read_only,
+            on_full: Full::default(),
+            auto_extend: None,
+            merging: false,
+        }
+    }
+}
+
 impl VolumeEntry {
+    /// What the records say of it.
+    pub(super) fn record(&self) -> VolumeRecord {
+        VolumeRecord {
+            name: self.name.clone(),
+            disk: settled(&self.origin.path),
+            read_only: self.origin.read_only,
+            shared: false,
+            snapshots: self.snapshots.iter().map(SnapshotEntry::record).collect(),
+        }
+    }
+
     pub(super) fn snapshot(&self, name: &str) -> Option<&SnapshotEntry> {
         self.snapshots.iter().find(|entry| entry.name == name)
     }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use nbdsnap_engine::Store;
 
 use crate::disks::{Scratch, Taken};
+use crate::state::Records;
 
 /// A disk or COW store that is open, locked and of known size.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub struct OpenSnapshot {
     pub fresh: bool,
     /// Writes are refused with EPERM.
     pub read_only: bool,
+    /// How far its file may grow, as it was asked for, in bytes.
+    pub limit: Option<u64>,
     /// What is to be done with its file when it is not used any more.
     pub scratch: Option<Scratch>,
 }
@@ -77,4 +80,7 @@ pub struct Setup {
     pub control: Option<Listener>,
     /// The files that the volumes use.
     pub taken: Taken,
+    /// What outlives the server. The change that these volumes are is committed
+    /// once every new instant has been taken, before clients come.
+    pub records: Records,
 }

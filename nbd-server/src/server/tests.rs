@@ -113,6 +113,7 @@ impl Place {
             threads: 2,
             control: None,
             taken: Taken::default(),
+            records: crate::state::Records::unchanged().unwrap(),
         };
         RunningServer::start(setup).unwrap()
     }

@@ -89,6 +89,10 @@ impl Files for SystemFiles {
     }
 
     fn write(&mut self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        if let Some(folder) = path.parent() {
+            // The system's folder for lists, the first time.
+            std::fs::create_dir_all(folder)?;
+        }
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -111,6 +115,9 @@ impl Files for SystemFiles {
     }
 
     fn sync_folder(&mut self, folder: &Path) -> io::Result<()> {
+        if !folder.exists() {
+            return Ok(());
+        }
         File::open(folder)?.sync_all()
     }
 

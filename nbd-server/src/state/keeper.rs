@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::attached::{Attached, Mark};
 use super::files::{self, FileIdentity, Files};
+use super::folder::StateFolder;
 use super::place;
 use super::record::{Intent, IntentFile, IntentList, State};
 use super::seal::{self, SealError};
@@ -17,6 +18,12 @@ const INTENT: &str = "intent";
 /// A record that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
+    /// Another server has the state folder.
+    #[error(
+        "{}: another server has this state folder: stop that one first, or use another",
+        .0.display()
+    )]
+    Locked(PathBuf),
     /// The operating system refused.
     #[error("{path}: {doing}: {error}", path = path.display())]
     System {
@@ -54,8 +61,10 @@ pub type Locate = fn(&Path, Option<&Path>) -> io::Result<PathBuf>;
 #[derive(Debug)]
 pub struct Keeper<F> {
     files: F,
-    /// The folder of `--state`, locked by the caller.
+    /// The folder of `--state`.
     folder: Option<PathBuf>,
+    /// Its lock.
+    _lock: Option<StateFolder>,
     locate: Locate,
     state: State,
 }
@@ -82,10 +91,20 @@ impl Change {
 }
 
 impl<F: Files> Keeper<F> {
-    /// Read what there is, and settle what a crash interrupted. `folder` exists
-    /// and is this server's alone; without one only lists are kept.
-    pub fn open(files: F, folder: Option<PathBuf>) -> Result<Self, StateError> {
-        Self::open_with(files, folder, place::list_of)
+    /// Read what there is, and settle what a crash interrupted. Without a folder
+    /// only lists are kept.
+    pub fn open(files: F, folder: Option<StateFolder>) -> Result<Self, StateError> {
+        let path = folder.as_ref().map(|folder| folder.path.clone());
+        let keeper = Self::open_with(files, path, place::list_of)?;
+        Ok(Self {
+            _lock: folder,
+            ..keeper
+        })
+    }
+
+    /// Whether there is a state folder.
+    pub fn has_folder(&self) -> bool {
+        self.folder.is_some()
     }
 
     pub(super) fn open_with(
@@ -96,6 +115,7 @@ impl<F: Files> Keeper<F> {
         let mut keeper = Self {
             files,
             folder,
+            _lock: None,
             locate,
             state: State::default(),
         };

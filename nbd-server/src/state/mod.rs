@@ -34,11 +34,58 @@
 //! Without `--state` there are only the lists, and each disk's rename commits
 //! its own.
 
+pub mod admission;
 pub mod attached;
 pub mod files;
+pub mod folder;
 pub mod keeper;
 pub mod place;
 pub mod record;
 pub mod seal;
 #[cfg(test)]
 mod tests;
+
+use files::SystemFiles;
+use keeper::{Change, Keeper, StateError};
+
+/// The records of a server that is about to start, and the change to them that
+/// this is.
+#[derive(Debug)]
+pub struct Records {
+    /// Who keeps them.
+    pub keeper: Keeper<SystemFiles>,
+    /// What has been begun.
+    pub change: Option<Change>,
+}
+
+impl Records {
+    /// Records of nothing, as for volumes whose lists do not change.
+    pub fn unchanged() -> Result<Self, StateError> {
+        Ok(Self {
+            keeper: Keeper::open(SystemFiles, None)?,
+            change: None,
+        })
+    }
+
+    /// The server has begun: what was asked for is so.
+    pub fn commit(mut self) -> Result<Keeper<SystemFiles>, StateError> {
+        if let Some(mut change) = self.change.take() {
+            if let Err(error) = self.keeper.commit(&mut change) {
+                // The first error is the one to tell of.
+                let _ = self.keeper.abandon(change);
+                return Err(error);
+            }
+            self.keeper.finish(change)?;
+        }
+        Ok(self.keeper)
+    }
+
+    /// It has not: everything is as it was before.
+    pub fn abandon(mut self) {
+        if let Some(change) = self.change.take()
+            && let Err(error) = self.keeper.abandon(change)
+        {
+            tracing::warn!("what was begun could not be taken back: {error}");
+        }
+    }
+}

@@ -28,6 +28,23 @@ pub fn list_of(disk: &Path, folder: Option<&Path>) -> io::Result<PathBuf> {
     }
 }
 
+/// The path under which a file or device is known in records: where a file really
+/// is, or will be; a device's own, which says more than what it leads to.
+pub fn settled(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match fs::metadata(&absolute) {
+        Ok(meta) if meta.file_type().is_block_device() => absolute,
+        Ok(_) => fs::canonicalize(&absolute).unwrap_or(absolute),
+        Err(_) => match (
+            absolute.parent().map(fs::canonicalize),
+            absolute.file_name(),
+        ) {
+            (Some(Ok(folder)), Some(name)) => folder.join(name),
+            _ => absolute,
+        },
+    }
+}
+
 fn in_folder(folder: Option<&Path>, name: &str) -> PathBuf {
     let name: String = name
         .trim_start_matches('/')

@@ -89,7 +89,13 @@ impl Stage {
             snapshots.push(snapshot);
         }
         let volumes = spec::assemble(vec![disk], snapshots, false).map_err(Failure::usage)?;
-        match serve::make_ready(volumes, &[self.address()], None, 1) {
+        let wanted = serve::Wanted {
+            volumes,
+            addresses: &[self.address()],
+            threads: Some(1),
+            ..serve::Wanted::default()
+        };
+        match serve::make_ready(wanted) {
             Ok(ready) => Ok(ready.setup),
             Err(Failure::Refused(why)) => Err(Failure::Refused(format!(
                 "demo: {why} (TMPDIR says where its folder is made)"

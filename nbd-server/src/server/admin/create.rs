@@ -11,12 +11,13 @@ use nbdsnap_engine::{SnapshotId, StoreKind};
 use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{Answer, Kind, SnapshotCreate, SnapshotName, StoreLimit};
-use crate::disks::{self, Deed, Note, SnapshotPlan, SnapshotRequest};
+use crate::disks::{self, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewDisk, NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
-use crate::server::keeper::Kept;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
 use crate::server::setup::OpenSnapshot;
+use crate::state::admission::{Recorded, files_to_make};
+use crate::state::keeper::Change;
 
 /// All volumes of a group are at rest within this time, or none is held any more.
 const HOLD: Duration = Duration::from_secs(30);
@@ -41,42 +42,59 @@ impl Administrator {
     pub(super) fn create(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
         self.check_creation(create)?;
         let mut plan = SnapshotPlan::default();
-        let mut kept = Vec::new();
         for name in &create.snapshots {
-            match self.plan_one(create, name, &mut plan) {
-                Ok(one) => kept.push(one),
-                Err(refused) => {
-                    plan.give_up(&mut self.taken);
-                    return Err(refused);
-                }
+            if let Err(refused) = self.plan_one(create, name, &mut plan) {
+                plan.give_up(&mut self.taken);
+                return Err(refused);
             }
         }
-        if let Err(why) = self.keeper.before_make(&kept) {
-            plan.give_up(&mut self.taken);
-            return Err(Refused::Keeper(why));
-        }
-        let made = plan.carry_out(&mut self.taken).inspect_err(|_| {
-            self.keeper.abandon(&kept);
-        })?;
+        let mut change = match self.begin(create, &plan) {
+            Ok(change) => change,
+            Err(refused) => {
+                plan.give_up(&mut self.taken);
+                return Err(refused);
+            }
+        };
+        let mut making = Recorded {
+            keeper: &mut self.keeper,
+            change: &mut change,
+        };
+        let made = match plan.carry_out(&mut self.taken, &mut making) {
+            Ok(made) => made,
+            Err(refusal) => {
+                self.forget(change);
+                return Err(refusal.into());
+            }
+        };
         let parts = self.parts(&create.snapshots, made.snapshots);
-        match self.take_all(parts, &kept) {
+        match self.take_all(parts, &mut change) {
             Ok(held) => {
                 made.deed.keep();
                 tell(&made.notes);
                 self.enter(held);
                 self.publish();
+                self.keeper.finish(change)?;
                 self.report_named(&create.snapshots)
             }
             Err(refused) => {
-                self.undo(made.deed, &kept);
+                made.deed.take_back(&mut self.taken);
+                self.forget(change);
                 Err(refused)
             }
         }
     }
 
-    fn undo(&mut self, deed: Deed, kept: &[Kept]) {
-        deed.take_back(&mut self.taken);
-        self.keeper.abandon(kept);
+    /// Begin to record the snapshots of a plan.
+    fn begin(&mut self, create: &SnapshotCreate, plan: &SnapshotPlan) -> Result<Change, Refused> {
+        let mut next = self.recorded();
+        let offered = plan.offered();
+        for (name, store) in create.snapshots.iter().zip(&offered) {
+            let volumes = &mut next.volumes;
+            let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
+            let volume = volume.expect("checked before");
+            volume.snapshots.push(store.into());
+        }
+        Ok(self.keeper.begin(next, files_to_make(&offered))?)
     }
 
     /// What can be refused by looking at names.
@@ -126,7 +144,7 @@ impl Administrator {
         create: &SnapshotCreate,
         name: &SnapshotName,
         plan: &mut SnapshotPlan,
-    ) -> Result<Kept, Refused> {
+    ) -> Result<(), Refused> {
         let volume = self.registry.volume(&name.volume).expect("checked before");
         let origin = &volume.origin;
         let beside = || disks::default_cow(origin, &name.snapshot);
@@ -149,14 +167,11 @@ impl Administrator {
             }),
             read_only: create.read_only,
             format: false,
+            adopt: false,
+            must_exist: false,
         };
         plan.add(&name.volume, origin, &request, &mut self.taken)?;
-        Ok(Kept {
-            volume: name.volume.clone(),
-            disk: origin.path.clone(),
-            snapshot: name.snapshot.clone(),
-            cow: request.cow,
-        })
+        Ok(())
     }
 
     /// Sort the stores by volume, in the one order in which volumes are held.
@@ -186,7 +201,11 @@ impl Administrator {
     }
 
     /// Hold all, commit, take all; or leave all as they were.
-    fn take_all(&mut self, parts: Vec<Part>, kept: &[Kept]) -> Result<Vec<HeldPart>, Refused> {
+    fn take_all(
+        &mut self,
+        parts: Vec<Part>,
+        change: &mut Change,
+    ) -> Result<Vec<HeldPart>, Refused> {
         let until = Instant::now() + HOLD;
         let places: Vec<(usize, VolumeId)> =
             parts.iter().map(|part| (part.shard, part.volume)).collect();
@@ -213,7 +232,7 @@ impl Administrator {
             }
         }
         if failed.is_none() {
-            failed = self.keeper.commit(kept).err().map(Refused::Keeper);
+            failed = self.keeper.commit(change).err().map(Refused::from);
         }
         if let Some(refused) = failed {
             self.abandon(&places);

@@ -16,12 +16,15 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
-use super::keeper::Keeper;
-use super::registry::Registry;
+use super::registry::{Registry, VolumeEntry};
 use crate::control::door::Office;
 use crate::control::protocol::{Answer, Order, Outcome};
 use crate::disks::Taken;
 use crate::io::Shard;
+use crate::state::admission::state_with;
+use crate::state::files::SystemFiles;
+use crate::state::keeper::{Change, Keeper};
+use crate::state::record::State;
 use refusal::Refused;
 
 /// How often a thread that does not answer is looked after.
@@ -45,7 +48,7 @@ pub(super) struct Admin {
 pub(super) struct Administrator {
     registry: Registry,
     taken: Taken,
-    keeper: Box<dyn Keeper>,
+    keeper: Keeper<SystemFiles>,
     directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
 }
@@ -54,7 +57,7 @@ impl Administrator {
     pub(super) fn new(
         registry: Registry,
         taken: Taken,
-        keeper: Box<dyn Keeper>,
+        keeper: Keeper<SystemFiles>,
         directory: Arc<Directory>,
         shards: Arc<Vec<Shard>>,
     ) -> Self {
@@ -98,6 +101,20 @@ impl Administrator {
             Order::SnapshotList(selection) => self.report_snapshots(&selection),
             Order::SnapshotRemove(remove) => self.remove(&remove),
             Order::VolumeList => self.report_volumes(),
+        }
+    }
+
+    /// What the records should say: all that is served, and what a start could not
+    /// serve.
+    fn recorded(&self) -> State {
+        let volumes = self.registry.volumes.iter();
+        state_with(&self.keeper, volumes.map(VolumeEntry::record).collect())
+    }
+
+    /// Take a change back that comes to nothing.
+    fn forget(&mut self, change: Change) {
+        if let Err(error) = self.keeper.abandon(change) {
+            tracing::error!("what was begun could not be taken back: {error}");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::control::protocol::SnapshotName;
 use crate::disks;
+use crate::state::keeper::StateError;
 
 /// Why an order is not executed. Unless it says otherwise, nothing has changed.
 #[derive(Debug, thiserror::Error)]
@@ -42,8 +43,8 @@ pub(super) enum Refused {
         "not all disks could be brought to rest within {0} seconds, and no snapshot was taken: is one of them stalled?"
     )]
     NotHeld(u64),
-    #[error("{0}")]
-    Keeper(String),
+    #[error(transparent)]
+    State(#[from] StateError),
     #[error("the server is stopping")]
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]

@@ -12,8 +12,11 @@ use super::refusal::Refused;
 use crate::control::protocol::{Answer, SnapshotName, SnapshotRemove};
 use crate::disks::{shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
-use crate::server::keeper::Kept;
 use crate::server::registry::SnapshotEntry;
+use crate::state::files::{Files, SystemFiles};
+use crate::state::keeper::Change;
+use crate::state::place::settled;
+use crate::state::record::IntentFile;
 
 /// Operations on a store that is given up end within this time.
 const LEAVE: Duration = Duration::from_secs(30);
@@ -24,19 +27,17 @@ impl Administrator {
         if names.is_empty() {
             return Err(Refused::NothingNamed);
         }
-        let mut kept = Vec::new();
         for (place, name) in names.iter().enumerate() {
             if names[..place].contains(name) {
                 return Err(Refused::Twice(name.clone()));
             }
-            kept.push(self.kept(name)?);
             let (_, _, entry) = self.find(name)?;
             if remove.delete_cow && entry.cow_is_block_device {
                 return Err(Refused::DeleteDevice(name.clone(), shown(&entry.cow)));
             }
         }
         let answer = self.report_named(names)?;
-        self.keeper.forget(&kept).map_err(Refused::Keeper)?;
+        let change = self.begin_removal(remove)?;
         let mut leaving = Vec::new();
         for name in names {
             leaving.push((name, self.strike_out(name)));
@@ -61,7 +62,32 @@ impl Administrator {
             let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
             failed = failed.or(cleaned.err());
         }
+        self.keeper.finish(change)?;
         failed.map_or(Ok(answer), Err)
+    }
+
+    /// Record that the snapshots have gone: from here on their stores may miss writes.
+    fn begin_removal(&mut self, remove: &SnapshotRemove) -> Result<Change, Refused> {
+        let mut next = self.recorded();
+        let mut given_up = Vec::new();
+        for name in &remove.snapshots {
+            let (_, _, entry) = self.find(name)?;
+            if remove.delete_cow
+                && let Ok(Some(identity)) = SystemFiles.identify(&settled(&entry.cow))
+            {
+                given_up.push(IntentFile::given_up(settled(&entry.cow), identity));
+            }
+            let volumes = &mut next.volumes;
+            if let Some(volume) = volumes.iter_mut().find(|one| one.name == name.volume) {
+                volume.snapshots.retain(|one| one.name != name.snapshot);
+            }
+        }
+        let mut change = self.keeper.begin(next, given_up)?;
+        if let Err(error) = self.keeper.commit(&mut change) {
+            self.forget(change);
+            return Err(error.into());
+        }
+        Ok(change)
     }
 
     /// A snapshot, with the thread and the volume it lives on.
@@ -73,18 +99,6 @@ impl Administrator {
         let volume = self.registry.volume(&name.volume).ok_or_else(missing)?;
         let entry = volume.snapshot(&name.snapshot).ok_or_else(missing)?;
         Ok((volume.shard, volume.id, entry))
-    }
-
-    pub(super) fn kept(&self, name: &SnapshotName) -> Result<Kept, Refused> {
-        let missing = || Refused::NoSnapshot(name.clone());
-        let volume = self.registry.volume(&name.volume).ok_or_else(missing)?;
-        let entry = volume.snapshot(&name.snapshot).ok_or_else(missing)?;
-        Ok(Kept {
-            volume: volume.name.clone(),
-            disk: volume.origin.path.clone(),
-            snapshot: entry.name.clone(),
-            cow: entry.cow.clone(),
-        })
     }
 
     /// Take a snapshot that is there out of the registry.

@@ -1,0 +1,84 @@
+//! What a plan is about, for those who judge it before it is carried out.
+
+use std::path::PathBuf;
+
+use nbdsnap_engine::StoreKind;
+
+use super::cow::{Place, PlannedCow};
+use super::live::SnapshotPlan;
+use super::{Plan, PlannedSnapshot};
+
+/// A volume that shall be served.
+#[derive(Clone, Debug)]
+pub struct OfferedVolume {
+    /// The export's name.
+    pub name: String,
+    /// The origin, as it was named.
+    pub disk: PathBuf,
+    /// Nothing may change on it or its stores.
+    pub read_only: bool,
+    /// Its stores.
+    pub stores: Vec<OfferedStore>,
+}
+
+/// A store that shall be served.
+#[derive(Clone, Debug)]
+pub struct OfferedStore {
+    /// The part behind the `@`.
+    pub snapshot: String,
+    /// Where it is, as it was named.
+    pub cow: PathBuf,
+    /// P, PO or N.
+    pub kind: StoreKind,
+    /// How far its file may grow, as it was asked for, in bytes.
+    pub limit: Option<u64>,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// A valid store is there. False: one is to be made, or it is invalid.
+    pub is_old: bool,
+    /// There is no file yet.
+    pub is_missing: bool,
+    /// The operator says that it has seen every write.
+    pub adopted: bool,
+}
+
+impl Plan {
+    /// What shall be served.
+    pub fn offered(&self) -> Vec<OfferedVolume> {
+        let volumes = self.volumes.iter().map(|volume| OfferedVolume {
+            name: volume.name.clone(),
+            disk: volume.disk.path.clone(),
+            read_only: volume.read_only,
+            stores: volume.snapshots.iter().map(offered).collect(),
+        });
+        volumes.collect()
+    }
+}
+
+impl SnapshotPlan {
+    /// The stores that shall be made, in the order in which they were added.
+    pub fn offered(&self) -> Vec<OfferedStore> {
+        self.snapshots.iter().map(offered).collect()
+    }
+}
+
+fn offered(snapshot: &PlannedSnapshot) -> OfferedStore {
+    let (cow, is_old, is_missing) = match &snapshot.cow {
+        PlannedCow::Whole { disk, store } => (&disk.path, !store.is_invalid(), false),
+        PlannedCow::Torn { disk, .. } => (&disk.path, true, false),
+        PlannedCow::New(new) => match &new.place {
+            Place::Missing(path) => (path, false, true),
+            Place::Empty(disk) | Place::Overwrite(disk) => (&disk.path, false, false),
+        },
+    };
+    OfferedStore {
+        snapshot: snapshot.name.clone(),
+        cow: cow.clone(),
+        kind: snapshot.kind,
+        limit: snapshot.limit,
+        read_only: snapshot.read_only,
+        is_old,
+        is_missing,
+        adopted: snapshot.adopted,
+    }
+}

@@ -1,0 +1,206 @@
+//! Whether volumes may be served as it was asked for, by the lists of their
+//! disks; and what the records will say of them.
+
+use std::path::{Path, PathBuf};
+
+use nbdsnap_engine::StoreKind;
+
+use super::attached::{Finding, Mark, Offered};
+use super::files::{Files, SystemFiles};
+use super::keeper::{Change, Keeper, StateError};
+use super::place::settled;
+use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
+use crate::disks::{
+    Cause, Making, OfferedStore, OfferedVolume, Refusal, SnapshotRequest, VolumeRequest, shown,
+};
+
+impl From<StoreKind> for Kind {
+    fn from(kind: StoreKind) -> Self {
+        match kind {
+            StoreKind::Persistent => Self::Persistent,
+            StoreKind::PersistentOverflow => Self::Overflow,
+            StoreKind::Transient => Self::Transient,
+        }
+    }
+}
+
+impl From<Kind> for StoreKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Persistent => Self::Persistent,
+            Kind::Overflow => Self::PersistentOverflow,
+            Kind::Transient => Self::Transient,
+        }
+    }
+}
+
+impl From<&OfferedStore> for SnapshotRecord {
+    fn from(store: &OfferedStore) -> Self {
+        Self {
+            name: store.snapshot.clone(),
+            cow: settled(&store.cow),
+            kind: store.kind.into(),
+            limit: store.limit,
+            read_only: store.read_only,
+            on_full: super::record::Full::default(),
+            auto_extend: None,
+            merging: false,
+        }
+    }
+}
+
+impl From<&OfferedVolume> for VolumeRecord {
+    fn from(volume: &OfferedVolume) -> Self {
+        Self {
+            name: volume.name.clone(),
+            disk: settled(&volume.disk),
+            read_only: volume.read_only,
+            shared: false,
+            snapshots: volume.stores.iter().map(SnapshotRecord::from).collect(),
+        }
+    }
+}
+
+/// The files that serving these volumes would make.
+pub fn files_to_make<'a>(stores: impl IntoIterator<Item = &'a OfferedStore>) -> Vec<IntentFile> {
+    let missing = stores.into_iter().filter(|store| store.is_missing);
+    missing
+        .map(|store| IntentFile::to_make(settled(&store.cow)))
+        .collect()
+}
+
+/// A volume that a record names, to be served as it was. Of a transient snapshot
+/// nothing is left.
+pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
+    let lasting = |snapshot: &&SnapshotRecord| snapshot.kind != Kind::Transient;
+    VolumeRequest {
+        name: volume.name.clone(),
+        path: volume.disk.clone(),
+        read_only: volume.read_only,
+        snapshots: volume
+            .snapshots
+            .iter()
+            .filter(lasting)
+            .map(|snapshot| SnapshotRequest {
+                name: snapshot.name.clone(),
+                cow: snapshot.cow.clone(),
+                kind: snapshot.kind.into(),
+                chunk: None,
+                size: snapshot.limit,
+                read_only: snapshot.read_only,
+                format: false,
+                adopt: false,
+                must_exist: true,
+            })
+            .collect(),
+    }
+}
+
+/// The same volumes, and with each the store that is being merged into its disk,
+/// whether or not it was asked for: the merge goes on (durability.md, rule 12).
+pub fn with_merges<F: Files>(
+    keeper: &Keeper<F>,
+    mut requests: Vec<VolumeRequest>,
+) -> Result<Vec<VolumeRequest>, StateError> {
+    for request in &mut requests {
+        if request.read_only || !request.path.exists() {
+            continue;
+        }
+        for store in keeper.list(&request.path)?.stores {
+            let named = |other: &SnapshotRequest| settled(&other.cow) == store.cow;
+            if store.mark == Mark::Merging && !request.snapshots.iter().any(named) {
+                request.snapshots.push(SnapshotRequest {
+                    name: store.snapshot,
+                    cow: store.cow,
+                    kind: StoreKind::Persistent,
+                    chunk: None,
+                    size: None,
+                    read_only: false,
+                    format: false,
+                    adopt: false,
+                    must_exist: true,
+                });
+            }
+        }
+    }
+    Ok(requests)
+}
+
+/// Refuse a volume that would be written without one of its stores, or with one
+/// that may be stale, unless the operator gave the word for it.
+pub fn admit<F: Files>(
+    keeper: &Keeper<F>,
+    volume: &OfferedVolume,
+    given_up: &[PathBuf],
+) -> Result<(), Refusal> {
+    if volume.read_only {
+        return Ok(());
+    }
+    let list = keeper
+        .list(&volume.disk)
+        .map_err(|error| Refusal::new(&volume.disk, Cause::List(error.to_string())))?;
+    let cows: Vec<PathBuf> = volume.stores.iter().map(|s| settled(&s.cow)).collect();
+    let stores = volume.stores.iter().zip(&cows);
+    let offered: Vec<Offered<'_>> = stores
+        .filter(|(store, _)| store.kind != StoreKind::Transient)
+        .map(|(store, cow)| Offered {
+            cow,
+            is_old: store.is_old,
+            adopted: store.adopted,
+        })
+        .collect();
+    let given_up: Vec<PathBuf> = given_up.iter().map(|path| settled(path)).collect();
+    match list.judge(&offered, &given_up).first() {
+        None => Ok(()),
+        Some(finding) => Err(refusal(&volume.disk, finding)),
+    }
+}
+
+fn refusal(disk: &Path, finding: &Finding) -> Refusal {
+    match finding {
+        Finding::Missing(store) => Refusal::new(
+            disk,
+            Cause::StoreMissing {
+                snapshot: store.snapshot.clone(),
+                cow: shown(&store.cow),
+            },
+        ),
+        Finding::MissingMerge(store) => Refusal::new(disk, Cause::MergeMissing(shown(&store.cow))),
+        Finding::Unlisted(cow) => Refusal::new(cow, Cause::Unlisted(shown(disk))),
+        Finding::Lost(store) => Refusal::new(&store.cow, Cause::Stale(shown(disk))),
+    }
+}
+
+/// The state with these volumes in the place of those of the same name, and with
+/// all others as they are: one that could not be served this time is not forgotten.
+pub fn state_with<F: Files>(keeper: &Keeper<F>, volumes: Vec<VolumeRecord>) -> State {
+    let mut next = keeper.state().clone();
+    for volume in volumes {
+        match next.volumes.iter_mut().find(|old| old.name == volume.name) {
+            Some(old) => *old = volume,
+            None => next.volumes.push(volume),
+        }
+    }
+    next
+}
+
+/// Files that are made as part of a change.
+#[derive(Debug)]
+pub struct Recorded<'a> {
+    /// Who records.
+    pub keeper: &'a mut Keeper<SystemFiles>,
+    /// The change.
+    pub change: &'a mut Change,
+}
+
+impl Making for Recorded<'_> {
+    fn first_name(&self, path: &Path) -> Option<PathBuf> {
+        self.change.made_as(&settled(path))
+    }
+
+    fn made(&mut self, path: &Path) -> std::io::Result<()> {
+        self.keeper
+            .made(self.change, &settled(path))
+            .map_err(std::io::Error::other)
+    }
+}
