@@ -389,6 +389,7 @@ mod tests {
                 kind: StoreKind::Persistent,
                 read_only: false,
                 format: false,
+                adopt: false,
             }
         );
         let full = snapshot("disk@s1=s1.cow,size=1G,ro,chunk=16K,overflow,format").unwrap();

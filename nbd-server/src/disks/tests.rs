@@ -182,7 +182,12 @@ fn a_file_has_what_it_can_need_or_what_size_allows() {
     };
     let opened = bench.open(vec![transient]).unwrap();
     assert_eq!(bench.len("transient"), MIB);
-    for scratch in opened.scratch {
+    for snapshot in opened
+        .volumes
+        .into_iter()
+        .flat_map(|volume| volume.snapshots)
+    {
+        let scratch = snapshot.scratch.expect("its file began empty");
         scratch.discard().unwrap();
     }
     assert_eq!(bench.len("transient"), 0);

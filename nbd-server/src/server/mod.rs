@@ -280,7 +280,8 @@ fn move_in(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Registry, Serve
     for (mut entry, facts, answer) in answers {
         let views = answer.recv().map_err(|_| ServerError::ThreadEnded)?;
         let views = views.map_err(ServerError::SnapshotNotTaken)?;
-        for (view, (facts, fresh)) in views.into_iter().zip(facts) {
+        for (view, (mut facts, fresh)) in views.into_iter().zip(facts) {
+            facts.read_only |= entry.origin.read_only;
             let View::Snapshot(id) = view else {
                 unreachable!("a snapshot is no origin");
             };

@@ -162,7 +162,7 @@ pub(super) struct SnapshotFacts {
     kind: StoreKind,
     limit: Option<u64>,
     chunk_bytes: u64,
-    read_only: bool,
+    pub(super) read_only: bool,
     scratch: Option<Scratch>,
     allocated: u64,
 }

@@ -104,6 +104,7 @@ impl Place {
                 store,
                 fresh,
                 read_only: false,
+                limit: None,
                 scratch: None,
             }],
         };
@@ -301,6 +302,9 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
         volumes: vec![volume(), volume()],
         listeners: Vec::new(),
         threads: 1,
+        control: None,
+        taken: Taken::default(),
+        records: crate::state::Records::unchanged().unwrap(),
     };
     let refused = RunningServer::start(setup).unwrap_err();
     assert!(matches!(refused, ServerError::Catalog(_)), "{refused}");
