@@ -480,7 +480,7 @@ fn a_chunk_size_that_the_store_does_not_have_is_a_warning() {
     let (image, cow) = (folder.path().join("disk.img"), folder.path().join("x.cow"));
     serve
         .disk("disk", &image)
-        .snapshot("disk@x", &cow, ",chunk=64K,size=1T");
+        .snapshot("disk@x", &cow, ",adopt,chunk=64K,size=1T");
     let server = serve.start();
     let session = Session::open(&server.address(), "disk@x").expect("a connection");
     assert_eq!(

@@ -30,7 +30,7 @@ fn export_sha(server: &Server, folder: &Path, export: &str) -> String {
 fn serve(golden: &Golden, folder: &Path) -> Serve {
     let policy = if golden.kind == "PO" { ",overflow" } else { "" };
     let len = golden.cow.metadata().expect("the store").len();
-    let options = format!("{policy},size={len}");
+    let options = format!("{policy},adopt,size={len}");
     let mut serve = Serve::on_socket_in(folder);
     serve
         .disk("disk", &golden.origin)

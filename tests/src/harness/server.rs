@@ -77,6 +77,12 @@ impl Serve {
         self.arg("--control").arg(control)
     }
 
+    /// Remember what there is in this folder. So many exports come from there.
+    pub fn state(&mut self, folder: &Path, exports: usize) -> &mut Self {
+        self.exports += exports;
+        self.arg("--state").arg(folder)
+    }
+
     /// Not a byte may change.
     pub fn read_only(&mut self) -> &mut Self {
         self.arg("--read-only")

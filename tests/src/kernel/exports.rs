@@ -33,7 +33,9 @@ pub fn serve(folder: &Path, origin: &Path, cows: &[Cow], read_only: bool) -> Ser
     let mut serve = Serve::on_socket_in(folder);
     serve.disk("disk", origin);
     for (n, cow) in cows.iter().enumerate() {
-        serve.snapshot(&format!("disk@s{n}"), &cow.path, &cow.options);
+        // The kernel had them both, or had a part in them.
+        let options = format!(",adopt{}", cow.options);
+        serve.snapshot(&format!("disk@s{n}"), &cow.path, &options);
     }
     if read_only {
         serve.read_only();
