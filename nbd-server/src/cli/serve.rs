@@ -18,7 +18,7 @@ use clap::{Args, ValueHint};
 use super::Failure;
 use super::listen::{self, Bound};
 use super::spec::{self, DiskSpec, SnapshotSpec};
-use crate::disks::{self, Note, Opened, VolumeRequest};
+use crate::disks::{self, Note, Opened, Taken, VolumeRequest};
 use crate::nbd::uri::ListenAddr;
 use crate::server;
 use crate::server::setup::{Listener, OpenVolume, Setup};
@@ -141,11 +141,11 @@ Examples:
     nbd-client -N disk@monday localhost /dev/nbd0
 ";
 
-fn disk_parser() -> impl TypedValueParser<Value = DiskSpec> {
+pub(super) fn disk_parser() -> impl TypedValueParser<Value = DiskSpec> {
     OsStringValueParser::new().try_map(|text: OsString| DiskSpec::parse(&text))
 }
 
-fn snapshot_parser() -> impl TypedValueParser<Value = SnapshotSpec> {
+pub(super) fn snapshot_parser() -> impl TypedValueParser<Value = SnapshotSpec> {
     OsStringValueParser::new().try_map(|text: OsString| SnapshotSpec::parse(&text))
 }
 
@@ -216,7 +216,8 @@ pub(super) fn make_ready(
     control: Option<&ListenAddr>,
     threads: usize,
 ) -> Result<Ready, Failure> {
-    let plan = disks::inspect(volumes).map_err(Failure::refused)?;
+    let mut taken = Taken::default();
+    let plan = disks::inspect(volumes, &mut taken).map_err(Failure::refused)?;
     let mut bound = Bound::default();
     for address in addresses {
         bound.add(address).map_err(Failure::refused)?;
@@ -225,11 +226,7 @@ pub(super) fn make_ready(
     if let Some(address) = control {
         bound_control.add(address).map_err(Failure::refused)?;
     }
-    let Opened {
-        volumes,
-        notes,
-        taken,
-    } = plan.carry_out().map_err(Failure::refused)?;
+    let Opened { volumes, notes } = plan.carry_out(&mut taken).map_err(Failure::refused)?;
     for note in notes {
         match note {
             Note::Warning(text) => tracing::warn!("{text}"),
@@ -246,6 +243,7 @@ pub(super) fn make_ready(
         threads,
         control,
         taken,
+        on_event: None,
     };
     Ok(Ready { setup, lines })
 }

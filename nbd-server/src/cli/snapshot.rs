@@ -1,17 +1,18 @@
 //! `nbdsnap snapshot`: snapshots of the volumes of a running server.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueHint};
 
 use super::Failure;
 use super::orders::{
-    ToServer, beside_the_point, parse_snapshot, print, print_json, rough_size, rough_span, table,
+    ToServer, absolute, beside_the_point, parse_name, parse_snapshot, print, print_json,
+    rough_size, rough_span, table,
 };
 use super::size;
 use crate::control::protocol::{
-    Answer, Kind, Order, Selection, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotReport,
-    SnapshotState, StoreLimit,
+    Answer, Kind, Order, Selection, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotRename,
+    SnapshotReport, SnapshotState, StoreLimit,
 };
 
 /// Take, look after and end snapshots of a running server's disks.
@@ -32,6 +33,7 @@ enum SnapshotVerb {
     List(SelectArgs),
     Status(SelectArgs),
     Remove(RemoveArgs),
+    Rename(RenameArgs),
 }
 
 /// Take snapshots now; several are one instant.
@@ -93,6 +95,17 @@ struct RemoveArgs {
     delete_cow: bool,
 }
 
+/// Give a snapshot another name. Its clients stay attached.
+#[derive(Debug, Args)]
+struct RenameArgs {
+    /// The snapshot.
+    #[arg(value_name = "VOLUME@NAME", value_parser = parse_snapshot)]
+    snapshot: SnapshotName,
+    /// What it is called from now on: the part behind the '@'.
+    #[arg(value_name = "NEWNAME", value_parser = parse_name)]
+    name: String,
+}
+
 /// The verb.
 pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
     let SnapshotArgs { verb, server } = args;
@@ -116,6 +129,14 @@ pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
                 return print_json(&reports);
             }
             print(&status_table(&reports))
+        }
+        SnapshotVerb::Rename(RenameArgs { snapshot, name }) => {
+            let old = snapshot.to_string();
+            let order = Order::SnapshotRename(SnapshotRename { snapshot, name });
+            let reports = ask(&server, order)?;
+            show(&server, &reports, |one| {
+                format!("{old}: is {} from now on\n", one.name)
+            })
         }
         SnapshotVerb::Remove(args) => {
             let deleted = args.delete_cow;
@@ -163,7 +184,7 @@ fn list(args: SelectArgs) -> Order {
 fn ask(server: &ToServer, order: Order) -> Result<Vec<SnapshotReport>, Failure> {
     match server.order(order)? {
         Answer::Snapshots(reports) => Ok(reports),
-        Answer::Volumes(_) => Err(beside_the_point()),
+        _ => Err(beside_the_point()),
     }
 }
 
@@ -235,17 +256,6 @@ fn state(report: &SnapshotReport) -> &'static str {
         SnapshotState::Overflow => "overflow",
         SnapshotState::Invalid => "invalid",
     }
-}
-
-/// The server's working folder may be another.
-fn absolute(path: &Path) -> Result<PathBuf, Failure> {
-    if path.to_str().is_none() {
-        return Err(Failure::Usage(format!(
-            "{}: orders carry paths in UTF-8 only",
-            crate::disks::shown(path)
-        )));
-    }
-    std::path::absolute(path).map_err(Failure::usage)
 }
 
 fn parse_size(text: &str) -> Result<u64, size::SizeError> {

@@ -45,7 +45,7 @@ impl Plan {
     /// Do what was planned. Everything that may fail for want of space comes
     /// first, for all stores; headers are written last, so that a failure leaves
     /// no store behind.
-    pub fn carry_out(self) -> Result<Opened, Refusal> {
+    pub fn carry_out(self, taken: &mut Taken) -> Result<Opened, Refusal> {
         for volume in &self.volumes {
             settle_origin(volume)?;
         }
@@ -78,16 +78,11 @@ impl Plan {
                 snapshots,
             });
         }
-        let mut taken = self.taken;
         for volume in &volumes {
-            note_made(&mut taken, &volume.name, &volume.snapshots);
+            note_made(taken, &volume.name, &volume.snapshots);
         }
         undo.keep();
-        Ok(Opened {
-            volumes,
-            notes,
-            taken,
-        })
+        Ok(Opened { volumes, notes })
     }
 }
 

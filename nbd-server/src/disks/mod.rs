@@ -73,7 +73,6 @@ pub struct SnapshotRequest {
 pub struct Plan {
     volumes: Vec<PlannedVolume>,
     notes: Vec<Note>,
-    taken: Taken,
 }
 
 #[derive(Debug)]
@@ -108,8 +107,6 @@ pub struct Opened {
     pub volumes: Vec<OpenVolume>,
     /// What to tell.
     pub notes: Vec<Note>,
-    /// Which files are in use now.
-    pub taken: Taken,
 }
 
 /// The file of a transient store that began empty. What it holds means nothing
@@ -129,15 +126,15 @@ impl Scratch {
     }
 }
 
-/// Open, lock and check everything, changing nothing.
-pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
-    let mut taken = Taken::default();
+/// Open, lock and check everything, changing nothing. What is used from now on is
+/// entered in `taken`, refused or not; see [`Taken::give_back_volume`].
+pub fn inspect(requests: Vec<VolumeRequest>, taken: &mut Taken) -> Result<Plan, Refusal> {
     let mut notes = Vec::new();
     // All origins first: a store that is somebody's origin is then refused by
     // that name, whatever the order of the arguments.
     let mut origins = Vec::new();
     for request in requests {
-        let disk = open::origin(&request, &mut taken)?;
+        let disk = open::origin(&request, taken)?;
         origins.push((request, disk));
     }
     let mut volumes = Vec::new();
@@ -145,7 +142,7 @@ pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
         let mut snapshots = Vec::new();
         for wanted in &request.snapshots {
             let role = Role::Cow(format!("{}@{}", request.name, wanted.name));
-            let found = open::cow(&wanted.cow, request.read_only, role, &mut taken)?;
+            let found = open::cow(&wanted.cow, request.read_only, role, taken)?;
             let origin = Origin::of(&disk, request.read_only);
             snapshots.push(PlannedSnapshot {
                 name: wanted.name.clone(),
@@ -161,9 +158,5 @@ pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
             snapshots,
         });
     }
-    Ok(Plan {
-        volumes,
-        notes,
-        taken,
-    })
+    Ok(Plan { volumes, notes })
 }

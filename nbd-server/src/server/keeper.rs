@@ -2,7 +2,7 @@
 //! when, so that a restart, a crash or a reboot finds it again and no stale
 //! snapshot is ever served (durability.md, rules 7 and 12).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A snapshot as the keeper is told of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +39,21 @@ pub trait Keeper: Send + std::fmt::Debug {
     /// any more. All of them or none.
     fn forget(&mut self, snapshots: &[Kept]) -> Result<(), KeeperError>;
 
+    /// A snapshot is called something else from now on.
+    fn rename(&mut self, snapshot: &Kept, name: &str) -> Result<(), KeeperError>;
+
+    /// A volume is about to be served, with these snapshots.
+    fn add_volume(
+        &mut self,
+        name: &str,
+        disk: &Path,
+        snapshots: &[Kept],
+    ) -> Result<(), KeeperError>;
+
+    /// A volume was not served after all, or is not any more. Its stores are good
+    /// as long as nobody writes to its disk.
+    fn drop_volume(&mut self, name: &str) -> Result<(), KeeperError>;
+
     /// The origin is about to read as the snapshot: a restart goes on with that.
     fn merge_begins(&mut self, snapshot: &Kept) -> Result<(), KeeperError>;
 
@@ -62,6 +77,18 @@ impl Keeper for Forgetful {
     fn abandon(&mut self, _: &[Kept]) {}
 
     fn forget(&mut self, _: &[Kept]) -> Result<(), KeeperError> {
+        Ok(())
+    }
+
+    fn rename(&mut self, _: &Kept, _: &str) -> Result<(), KeeperError> {
+        Ok(())
+    }
+
+    fn add_volume(&mut self, _: &str, _: &Path, _: &[Kept]) -> Result<(), KeeperError> {
+        Ok(())
+    }
+
+    fn drop_volume(&mut self, _: &str) -> Result<(), KeeperError> {
         Ok(())
     }
 

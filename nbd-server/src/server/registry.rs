@@ -159,6 +159,8 @@ pub(super) struct SnapshotFacts {
     read_only: bool,
     scratch: Option<Scratch>,
     allocated: u64,
+    /// Its instant is taken now.
+    pub(super) fresh: bool,
 }
 
 impl SnapshotFacts {
@@ -184,6 +186,7 @@ impl SnapshotFacts {
             read_only: snapshot.read_only,
             scratch: snapshot.scratch.take(),
             allocated,
+            fresh: snapshot.fresh,
         }
     }
 }
@@ -191,6 +194,16 @@ impl SnapshotFacts {
 impl VolumeEntry {
     pub(super) fn snapshot(&self, name: &str) -> Option<&SnapshotEntry> {
         self.snapshots.iter().find(|entry| entry.name == name)
+    }
+
+    /// Nobody uses its stores any more: empty the files of those that were in memory.
+    pub(super) fn discard_scratch(self) {
+        let files = self.snapshots.into_iter().filter_map(|one| one.scratch);
+        for file in files {
+            if let Err(error) = file.discard() {
+                tracing::warn!("a transient store could not be emptied: {error}");
+            }
+        }
     }
 
     fn export(&self) -> Export {

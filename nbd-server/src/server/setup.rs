@@ -77,4 +77,6 @@ pub struct Setup {
     pub control: Option<Listener>,
     /// The files that the volumes use.
     pub taken: Taken,
+    /// A command for the shell, to be run for every event.
+    pub on_event: Option<String>,
 }

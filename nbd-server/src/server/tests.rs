@@ -113,6 +113,7 @@ impl Place {
             threads: 2,
             control: None,
             taken: Taken::default(),
+            on_event: None,
         };
         RunningServer::start(setup).unwrap()
     }

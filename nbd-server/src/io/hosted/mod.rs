@@ -463,7 +463,7 @@ impl Hosted {
             self.handle_reply(reply, clients);
         }
         while let Some(event) = self.volume.poll_event() {
-            self.handle_event(&event);
+            self.handle_event(&event, outside);
         }
         self.report_arrival();
         more

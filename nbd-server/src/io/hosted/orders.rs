@@ -32,6 +32,18 @@ pub enum VolumeOrder {
         /// Told when the snapshots' stores are not used any more.
         abandoned: Sender<()>,
     },
+    /// Call a snapshot something else.
+    Rename {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Its name from now on.
+        name: String,
+    },
+    /// Close the volume and have it leave: its clients are dropped.
+    Leave {
+        /// Told when its disks are not used any more, and whether all is durable.
+        left: Sender<bool>,
+    },
     /// End a snapshot: its clients are told, and dropped.
     Remove {
         /// Which.
@@ -79,6 +91,13 @@ impl Hosted {
                 self.volume.remove_snapshot(snapshot);
                 self.leaving.insert(snapshot, removed);
             }
+            VolumeOrder::Rename { snapshot, name } => {
+                if let Some(store) = self.stores.get_mut(&snapshot) {
+                    store.name = name;
+                }
+            }
+            // The rest of it is the thread's.
+            VolumeOrder::Leave { .. } => self.close(),
         }
     }
 

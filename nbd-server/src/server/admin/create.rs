@@ -6,15 +6,16 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::{SnapshotId, StoreKind};
+use nbdsnap_engine::SnapshotId;
 
 use super::Administrator;
 use super::refusal::Refused;
-use crate::control::protocol::{Answer, Kind, SnapshotCreate, SnapshotName, StoreLimit};
+use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
 use crate::disks::{self, Deed, Note, SnapshotPlan, SnapshotRequest};
-use crate::io::{NewDisk, NewSnapshot, NotHeld, VolumeId, VolumeOrder};
+use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::keeper::Kept;
+use crate::server::moving::new_snapshot;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
 use crate::server::setup::OpenSnapshot;
 
@@ -62,9 +63,12 @@ impl Administrator {
         match self.take_all(parts, &kept) {
             Ok(held) => {
                 made.deed.keep();
-                tell(&made.notes);
+                log_notes(&made.notes);
                 self.enter(held);
                 self.publish();
+                for name in &create.snapshots {
+                    self.tell(EventKind::Created, name);
+                }
                 self.report_named(&create.snapshots)
             }
             Err(refused) => {
@@ -133,11 +137,7 @@ impl Administrator {
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
             cow: create.cow.clone().unwrap_or_else(beside),
-            kind: match create.kind {
-                Kind::Persistent => StoreKind::Persistent,
-                Kind::Overflow => StoreKind::PersistentOverflow,
-                Kind::Transient => StoreKind::Transient,
-            },
+            kind: create.kind.into(),
             chunk: create.chunk_bytes,
             size: create.size.map(|size| match size {
                 StoreLimit::Bytes(bytes) => bytes,
@@ -172,15 +172,7 @@ impl Administrator {
                 facts: Vec::new(),
             });
             part.facts.push(SnapshotFacts::of(&mut open));
-            part.snapshots.push(NewSnapshot {
-                name: open.name,
-                store: open.store,
-                disk: NewDisk {
-                    file: open.disk.file,
-                    is_block_device: open.disk.is_block_device,
-                },
-                fresh: true,
-            });
+            part.snapshots.push(new_snapshot(open));
         }
         parts.into_values().collect()
     }
@@ -271,7 +263,7 @@ impl Administrator {
 }
 
 /// What disks have to say goes to the log.
-fn tell(notes: &[Note]) {
+pub(super) fn log_notes(notes: &[Note]) {
     for note in notes {
         match note {
             Note::Warning(text) => tracing::warn!("{text}"),

@@ -3,10 +3,13 @@
 //! before a volume is held; what a volume has to do is ordered from its thread,
 //! with a deadline.
 
+mod clients;
 mod create;
 mod refusal;
 mod remove;
+mod rename;
 mod report;
+mod volumes;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -16,10 +19,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
+use super::events::Events;
 use super::keeper::Keeper;
 use super::registry::Registry;
 use crate::control::door::Office;
-use crate::control::protocol::{Answer, Order, Outcome};
+use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
 use crate::disks::Taken;
 use crate::io::Shard;
 use refusal::Refused;
@@ -38,6 +42,7 @@ enum Letter {
 pub(super) struct Admin {
     letters: Sender<Letter>,
     thread: JoinHandle<Registry>,
+    events: Arc<Events>,
 }
 
 /// What the administrator works with.
@@ -48,6 +53,9 @@ pub(super) struct Administrator {
     keeper: Box<dyn Keeper>,
     directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
+    events: Arc<Events>,
+    /// How many volumes there have been: they are never called the same.
+    volumes: u32,
 }
 
 impl Administrator {
@@ -57,22 +65,30 @@ impl Administrator {
         keeper: Box<dyn Keeper>,
         directory: Arc<Directory>,
         shards: Arc<Vec<Shard>>,
+        events: Arc<Events>,
     ) -> Self {
         Self {
+            volumes: registry.volumes.len() as u32,
             registry,
             taken,
             keeper,
             directory,
             shards,
+            events,
         }
     }
 
     /// Begin to execute orders.
     pub(super) fn start(self) -> std::io::Result<Admin> {
         let (letters, inbox) = channel();
+        let events = Arc::clone(&self.events);
         let builder = std::thread::Builder::new().name("administrator".into());
         let thread = builder.spawn(move || self.work(&inbox))?;
-        Ok(Admin { letters, thread })
+        Ok(Admin {
+            letters,
+            thread,
+            events,
+        })
     }
 
     fn work(mut self, inbox: &Receiver<Letter>) -> Registry {
@@ -97,7 +113,13 @@ impl Administrator {
             Order::SnapshotCreate(create) => self.create(&create),
             Order::SnapshotList(selection) => self.report_snapshots(&selection),
             Order::SnapshotRemove(remove) => self.remove(&remove),
-            Order::VolumeList => self.report_volumes(),
+            Order::SnapshotRename(rename) => self.rename(&rename),
+            Order::VolumeList => self.report_volumes(&|_| true),
+            Order::VolumeAdd(add) => self.add_volume(&add),
+            Order::VolumeRemove(remove) => self.remove_volume(&remove),
+            Order::Clients => self.report_clients(),
+            Order::Disconnect(disconnect) => self.disconnect(&disconnect),
+            Order::Events(_) => unreachable!("the door answers it by itself"),
         }
     }
 
@@ -106,6 +128,12 @@ impl Administrator {
         let exports = self.registry.exports();
         self.directory
             .publish(exports.expect("names were checked when they came"));
+    }
+
+    /// Tell followers of what has happened to a snapshot.
+    fn tell(&self, event: EventKind, name: &SnapshotName) {
+        let event = EventReport::new(event).of_volume(&name.volume);
+        self.events.publish(event.of_snapshot(&name.snapshot));
     }
 
     /// Wait for a volume's thread.
@@ -137,7 +165,10 @@ impl Administrator {
 impl Admin {
     /// Where orders are handed in.
     pub(super) fn office(&self) -> Arc<dyn Office> {
-        Arc::new(Desk(self.letters.clone()))
+        Arc::new(Desk {
+            letters: self.letters.clone(),
+            events: Arc::clone(&self.events),
+        })
     }
 
     /// It has ended, though nobody asked it to.
@@ -153,11 +184,18 @@ impl Admin {
 }
 
 /// Where orders are handed in.
-struct Desk(Sender<Letter>);
+struct Desk {
+    letters: Sender<Letter>,
+    events: Arc<Events>,
+}
 
 impl Office for Desk {
     fn submit(&self, order: Order, answer: oneshot::Sender<Outcome>) {
         // Nobody there: the answer's sender is dropped, which says so.
-        let _ = self.0.send(Letter::Order(order, answer));
+        let _ = self.letters.send(Letter::Order(order, answer));
+    }
+
+    fn events(&self) -> &Events {
+        &self.events
     }
 }

@@ -44,6 +44,24 @@ pub(super) enum Refused {
     NotHeld(u64),
     #[error("{0}")]
     Keeper(String),
+    #[error("no client has the id {0}: 'nbdsnap clients' shows those there are")]
+    NoClient(u64),
+    #[error("there is a volume {0:?} already: give this one another name")]
+    VolumeExists(String),
+    #[error("{0} has clients attached ({1}): detach them first, or drop them with --force")]
+    InUse(String, u64),
+    #[error(
+        "{0} was removed, but not everything could be flushed: its last writes may be lost; check the disk and the kernel's log"
+    )]
+    NotDurable(String),
+    #[error(
+        "{0} is being removed, but operations on its disks have not ended within {1} seconds: is one of them stalled?"
+    )]
+    VolumeBusy(String, u64),
+    #[error(
+        "the snapshot {0} could not be taken, and the volume is not served: its disk or its store's failed; see the server's log"
+    )]
+    NotTaken(String),
     #[error("the server is stopping")]
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Administrator;
 use super::refusal::Refused;
-use crate::control::protocol::{Answer, SnapshotName, SnapshotRemove};
+use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
 use crate::disks::{shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
 use crate::server::keeper::Kept;
@@ -60,6 +60,7 @@ impl Administrator {
             self.taken.give_back_cow(&name.to_string());
             let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
             failed = failed.or(cleaned.err());
+            self.tell(EventKind::Removed, name);
         }
         failed.map_or(Ok(answer), Err)
     }

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use nbdsnap_engine::{SnapshotId, Status, StoreKind, View};
+use nbdsnap_engine::{SnapshotId, Status, View};
 use nbdsnap_format::SECTOR_BYTES;
 
 use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{
-    Answer, Kind, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
+    Answer, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
 };
 use crate::io::{ClientStatus, HostedStatus, VolumeId};
 use crate::names;
@@ -72,9 +72,12 @@ impl Administrator {
         Ok(Answer::Snapshots(reports))
     }
 
-    pub(super) fn report_volumes(&self) -> Result<Answer, Refused> {
+    /// Those volumes that are `wanted`, by name.
+    pub(super) fn report_volumes(&self, wanted: &dyn Fn(&str) -> bool) -> Result<Answer, Refused> {
         let said = self.ask_shards()?;
-        let volumes = self.registry.volumes.iter().map(|volume| VolumeReport {
+        let volumes = self.registry.volumes.iter();
+        let volumes = volumes.filter(|volume| wanted(&volume.name));
+        let volumes = volumes.map(|volume| VolumeReport {
             name: volume.name.clone(),
             disk: volume.origin.path.clone(),
             bytes: volume.origin.bytes,
@@ -133,11 +136,7 @@ fn report(
             Status::Invalid => SnapshotState::Invalid,
         },
         cow: entry.cow.clone(),
-        kind: match entry.kind {
-            StoreKind::Persistent => Kind::Persistent,
-            StoreKind::PersistentOverflow => Kind::Overflow,
-            StoreKind::Transient => Kind::Transient,
-        },
+        kind: entry.kind.into(),
         read_only: entry.read_only,
         taken_at: entry.taken.at(),
         bytes: entry.bytes,
