@@ -54,6 +54,10 @@ impl Volume {
     /// [`Event::CreateFailed`].
     pub fn create_snapshot(&mut self, store: Store) -> SnapshotId {
         assert!(!store.invalid, "a snapshot is taken into a good store");
+        assert!(
+            self.merging().is_none(),
+            "no snapshot is taken of an origin that is merging"
+        );
         let id = self.add_snapshot(store, State::Creating);
         self.creations.push_back(Creation {
             id,
@@ -62,9 +66,14 @@ impl Volume {
         id
     }
 
-    fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
+    pub(super) fn new_snapshot_id(&mut self) -> SnapshotId {
         let id = SnapshotId(self.next_snapshot);
         self.next_snapshot += 1;
+        id
+    }
+
+    fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
+        let id = self.new_snapshot_id();
         self.snapshots
             .push(Snapshot::new(id, store, state, self.law));
         id
@@ -81,6 +90,7 @@ impl Volume {
 
     pub(super) fn advance_lifecycle(&mut self) {
         self.advance_creation();
+        self.advance_merge();
         if self.phase == Phase::Draining && self.is_drained() {
             self.begin_last_flushes();
         }
@@ -149,11 +159,21 @@ impl Volume {
             self.snapshots.remove(index);
             Event::CreateFailed(id)
         });
+        self.release();
+        self.advance_creation();
+    }
+
+    /// The origin is held no longer: on with what waits.
+    pub(super) fn release(&mut self) {
         self.holding = false;
         for request in std::mem::take(&mut self.held) {
             self.admit(request);
         }
-        self.advance_creation();
+    }
+
+    /// Whether a snapshot of the origin is on its way to its instant.
+    pub(super) fn is_taking_instants(&self) -> bool {
+        !self.creations.is_empty()
     }
 
     /// Everything that was begun has ended, but for flushes that nobody waits for.
@@ -163,6 +183,7 @@ impl Volume {
             && self.in_flight.is_empty()
             && self.jobs.is_empty()
             && self.creations.is_empty()
+            && self.merge_is_idle()
             && self.snapshots.iter().all(settled)
     }
 
@@ -179,6 +200,11 @@ impl Volume {
                 left += 1;
             }
         }
+        let (merging, merge_ok) = self.last_flush_of_merge();
+        if let Some(store) = merging {
+            self.emit(store, Action::Flush, Purpose::CloseFlush);
+            left += 1;
+        }
         let mut ok = !self.origin_flush_failed();
         if ok {
             // Whether or not this volume wrote: one that was killed before it may
@@ -186,6 +212,7 @@ impl Volume {
             self.emit(Device::Origin, Action::Flush, Purpose::CloseFlush);
             left += 1;
         }
+        ok &= merge_ok;
         ok &= self.snapshots.iter().all(|s| s.state != State::Unmarked);
         self.phase = Phase::Flushing { left, ok };
         self.end_if_flushed();

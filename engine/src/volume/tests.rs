@@ -2,6 +2,7 @@
 //! shows what a byte array would. Power cuts are the simulator's business.
 
 mod faults;
+mod merge;
 
 use bytes::Bytes;
 use nbdsnap_format::ChunkSize;

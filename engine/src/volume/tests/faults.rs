@@ -57,7 +57,7 @@ impl Rig {
         self.running.iter().any(chosen)
     }
 
-    fn events(&mut self) -> Vec<Event> {
+    pub(super) fn events(&mut self) -> Vec<Event> {
         std::iter::from_fn(|| self.volume.poll_event()).collect()
     }
 }

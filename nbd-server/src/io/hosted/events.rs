@@ -37,6 +37,17 @@ impl Hosted {
                 "the snapshot's store is full: it can still be read, but writes to it fail; \
                  copy what you need from it and take a new one with a larger store"
             ),
+            Event::MergeBegun(id) => tracing::info!(
+                export = self.export(*id),
+                "the disk has been rolled back to the snapshot; its chunks are merged from now on"
+            ),
+            Event::Merged(id) => {
+                tracing::info!(export = self.export(*id), "the snapshot is merged");
+            }
+            Event::MergeFailed(id, why) => tracing::error!(
+                export = self.export(*id),
+                "the merge has stopped: {why}; the disk goes on reading as the snapshot"
+            ),
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(
