@@ -38,6 +38,8 @@ pub enum Mutant {
     TrimUncopied,
     /// A FLUSH takes the end of a flush that began before it.
     FlushJoinsRunning,
+    /// A snapshot is said to be removed while operations on its store are in flight.
+    RemovedBeforeItsEnd,
     /// A merge takes exceptions off the list before the origin's chunks are durable.
     MergeCommitEarly,
     /// A merge overwrites the origin before the other snapshots' exceptions are durable.
@@ -130,6 +132,12 @@ impl Law {
     /// A trim keeps to what every snapshot has durably copied.
     pub(crate) fn trim_only_copied(self) -> bool {
         self.holds(Mutant::TrimUncopied)
+    }
+
+    /// Nothing is in flight on a store that is said to be removed: whoever gets it
+    /// next would find it written to.
+    pub(crate) fn drain_before_removed(self) -> bool {
+        self.holds(Mutant::RemovedBeforeItsEnd)
     }
 
     /// What a merge copied to the origin is durable before the list lacks it.

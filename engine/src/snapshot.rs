@@ -31,6 +31,9 @@ pub(crate) enum State {
     /// It is lost, and no disk knows: an origin write that it has no durable
     /// copy for would let a stale snapshot come back, so it fails.
     Unmarked,
+    /// It is being removed: nobody may use it, and it goes when nothing is in
+    /// flight for it any more.
+    Removing,
 }
 
 /// How far the header that says invalid has come, in a snapshot that is being lost.
@@ -119,6 +122,11 @@ impl Snapshot {
         }
     }
 
+    /// It is one of the volume's views: clients may ask for it.
+    pub(crate) fn is_there(&self) -> bool {
+        !matches!(self.state, State::Creating | State::Removing)
+    }
+
     /// It can be read.
     pub(crate) fn is_readable(&self) -> bool {
         matches!(self.state, State::Active | State::Overflowed)
@@ -126,7 +134,9 @@ impl Snapshot {
 
     pub(crate) fn status(&self) -> Status {
         match self.state {
-            State::Invalidating(_) | State::Invalid | State::Unmarked => Status::Invalid,
+            State::Invalidating(_) | State::Invalid | State::Unmarked | State::Removing => {
+                Status::Invalid
+            }
             State::Overflowed => Status::Overflow,
             State::Creating | State::Active => Status::Active {
                 allocated: self.allocator.next_free().0 * self.chunk_size.sectors(),

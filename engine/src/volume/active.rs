@@ -51,6 +51,9 @@ pub(crate) struct Mutation {
     pub(crate) fua: bool,
     /// Its turn among overlapping writes of its view.
     pub(crate) turn: RangeId,
+    /// Of the origin: it has begun to change it. Until then it can be held for
+    /// an instant; from then on the instant waits for its end.
+    pub(crate) begun: bool,
     /// The window that is being worked on: windows follow each other, so that
     /// one request never claims more than a bounded share of anything.
     pub(crate) window: (u64, u64),

@@ -21,7 +21,7 @@ impl Volume {
         self.admit(request);
     }
 
-    /// Take a request in: a held one too, even if the volume is closing by now.
+    /// Take a request in.
     pub(super) fn admit(&mut self, request: Request) {
         let Some(request) = self.hold_for_merge(request) else {
             return;
@@ -52,9 +52,6 @@ impl Volume {
         if matches!(command, Command::Read { .. }) {
             return self.admit_read(id, view, offset, len);
         }
-        if self.holding && view == View::Origin {
-            return self.held.push_back(Request { id, view, command });
-        }
         self.admit_mutation(id, view, command, offset, len);
     }
 
@@ -63,7 +60,7 @@ impl Volume {
             return Ok(());
         };
         match self.snapshot(id) {
-            Some(snapshot) if snapshot.state != State::Creating => Ok(()),
+            Some(snapshot) if snapshot.is_there() => Ok(()),
             _ => Err(Failure::NoSuchView),
         }
     }
@@ -166,10 +163,7 @@ impl Volume {
         let request = self.requests.vacant_key();
         let task = self.new_task(Work::Mutation(request));
         let turns = match view {
-            View::Origin => {
-                self.origin_mutations += 1;
-                &mut self.origin_writes
-            }
+            View::Origin => &mut self.origin_writes,
             View::Snapshot(id) => {
                 let index = self.snapshots.binary_search_by_key(&id, |s| s.id);
                 &mut self.snapshots[index.expect("the view was checked")].writes
@@ -186,6 +180,7 @@ impl Volume {
                 effect,
                 fua,
                 turn,
+                begun: false,
                 window: (offset, end.min(offset.saturating_add(self.window))),
             }),
             parts: 0,
@@ -201,7 +196,7 @@ impl Volume {
         view == View::Origin
             && (self.merge.as_ref()).is_none_or(|merge| merge.leaves_alone(start, end))
             && self.snapshots.iter().all(|s| match s.state {
-                State::Creating | State::Invalid => true,
+                State::Creating | State::Invalid | State::Removing => true,
                 State::Active | State::Overflowed => s.is_durable(start, end, self.law),
                 State::Invalidating(_) | State::Unmarked => false,
             })
@@ -217,6 +212,13 @@ impl Volume {
 
     pub(super) fn mutation(&self, request: RequestKey) -> &Mutation {
         match &self.requests[request].doing {
+            Doing::Mutate(mutation) => mutation,
+            Doing::Read(_) | Doing::Flush => unreachable!("the request is a mutation"),
+        }
+    }
+
+    pub(super) fn mutation_mut(&mut self, request: RequestKey) -> &mut Mutation {
+        match &mut self.requests[request].doing {
             Doing::Mutate(mutation) => mutation,
             Doing::Read(_) | Doing::Flush => unreachable!("the request is a mutation"),
         }
@@ -255,10 +257,10 @@ impl Volume {
         let active = &self.requests[request];
         let (view, failed) = (active.view, active.failure.is_some());
         let mutation = self.mutation(request);
-        let (turn, fua) = (mutation.turn, mutation.fua);
+        let (turn, fua, begun) = (mutation.turn, mutation.fua, mutation.begun);
         let waiting = match view {
             View::Origin => {
-                self.origin_mutations -= 1;
+                self.origin_mutations -= u64::from(begun);
                 self.origin_writes.remove(turn)
             }
             View::Snapshot(id) => {

@@ -44,12 +44,6 @@ pub(crate) struct Job {
     held: u64,
 }
 
-impl Job {
-    pub(super) fn is_for(&self, snapshot: SnapshotId) -> bool {
-        self.snapshot == snapshot
-    }
-}
-
 /// The budget for old chunks in memory.
 #[derive(Debug)]
 pub(crate) struct CopyMemory {
@@ -80,6 +74,12 @@ impl CopyMemory {
     /// Room for one more: there is always some for the first.
     fn has_room(&self, len: u64) -> bool {
         self.used == 0 || self.used + len <= self.limit
+    }
+}
+
+impl Job {
+    pub(super) fn is_for(&self, snapshot: SnapshotId) -> bool {
+        self.snapshot == snapshot
     }
 }
 

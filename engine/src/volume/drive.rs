@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use nbdsnap_format::Header;
 
+use super::task::TaskId;
 use super::{Event, Purpose, Volume};
 use crate::disk::{Action, Device, DiskError, OpId, Outcome};
 use crate::request::{Failure, View};
@@ -79,6 +80,8 @@ impl Volume {
                 }
             }
             Purpose::StoreFlush(_) => self.store_flush_ended(index, result.is_ok()),
+            Purpose::InvalidHeader(_) | Purpose::InvalidFlush(_)
+                if self.snapshots[index].state == State::Removing => {}
             Purpose::InvalidHeader(_) => match result {
                 Ok(()) => {
                     self.snapshots[index].header = InvalidHeader::Written;
@@ -159,30 +162,23 @@ impl Volume {
             return;
         }
         let id = snapshot.id;
-        let persistent = snapshot.commit.take().is_some();
-        snapshot.pending.clear();
-        snapshot.table = ExceptionTable::default();
+        let persistent = snapshot.commit.is_some();
         snapshot.touched = true;
         snapshot.state = if persistent {
             State::Invalidating(why)
         } else {
             State::Invalid
         };
-        let mut woken = take_below(&mut snapshot.until_published, u64::MAX);
-        woken.append(&mut snapshot.until_grown);
-        let origin_writes = take_below(&mut snapshot.until_durable, u64::MAX);
-        if persistent && self.law.invalid_before_origin() {
-            snapshot.until_invalid.extend(origin_writes);
-        } else {
-            woken.extend(origin_writes);
-        }
-        let unflushed = std::mem::take(&mut snapshot.until_flushed);
         let header = Header {
             valid: false,
             chunk_size: snapshot.chunk_size,
         };
-        self.wake(woken);
-        self.fail_all(unflushed);
+        let origin_writes = self.forsake(index);
+        if persistent && self.law.invalid_before_origin() {
+            self.snapshots[index].until_invalid.extend(origin_writes);
+        } else {
+            self.wake(origin_writes);
+        }
         if persistent {
             let data = vec![Bytes::copy_from_slice(&header.encode())];
             let action = Action::Write { offset: 0, data };
@@ -190,6 +186,23 @@ impl Volume {
         } else {
             self.events.push_back(Event::Invalid(id, why));
         }
+    }
+
+    /// Nobody will ever ask for the snapshot's exceptions again: forget them,
+    /// commit no more, and end what its own clients wait for. Answers the origin
+    /// writes that waited for a copy.
+    pub(super) fn forsake(&mut self, index: usize) -> Vec<TaskId> {
+        let snapshot = &mut self.snapshots[index];
+        snapshot.commit = None;
+        snapshot.pending.clear();
+        snapshot.table = ExceptionTable::default();
+        let mut woken = take_below(&mut snapshot.until_published, u64::MAX);
+        woken.append(&mut snapshot.until_grown);
+        let origin_writes = take_below(&mut snapshot.until_durable, u64::MAX);
+        let unflushed = std::mem::take(&mut snapshot.until_flushed);
+        self.wake(woken);
+        self.fail_all(unflushed);
+        origin_writes
     }
 
     /// Flush the header that says invalid once no flush of a commit is running: two

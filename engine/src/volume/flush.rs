@@ -3,18 +3,19 @@
 //! again (rule 10).
 
 use super::active::RequestKey;
+use super::instant::InstantId;
 use super::{Purpose, Volume};
 use crate::disk::{Action, Device};
 use crate::request::{Failure, View};
-use crate::snapshot::{InvalidHeader, take_below};
+use crate::snapshot::{InvalidHeader, State, take_below};
 
 /// Who waits for a flush of the origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waiter {
     /// A request: FLUSH, or a mutation with FUA.
     Request(RequestKey),
-    /// The creation of a snapshot.
-    Creation,
+    /// The instant of snapshots.
+    Instant(InstantId),
     /// The step of a merge.
     Merge,
 }
@@ -150,7 +151,9 @@ impl Volume {
         if snapshot.commit.is_none() {
             // The snapshot was lost while the flush ran. If that failed, the header
             // that says so may be among what it lost.
-            if ok {
+            if !matches!(snapshot.state, State::Invalidating(_)) {
+                // It is being removed.
+            } else if ok {
                 self.flush_invalid_header(index);
             } else if snapshot.header == InvalidHeader::Written {
                 self.invalidated(index, false);
@@ -191,7 +194,7 @@ impl Volume {
         for waiter in waiters {
             match waiter {
                 Waiter::Request(request) => self.device_flushed(request, ok),
-                Waiter::Creation => self.creation_flushed(ok),
+                Waiter::Instant(id) => self.instant_flushed(id, ok),
                 Waiter::Merge => self.merge_flushed(ok),
             }
         }

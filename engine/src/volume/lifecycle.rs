@@ -1,6 +1,5 @@
-//! The instants of snapshots, and the end of the volume.
+//! How snapshots that existed before come in, and the end of the volume.
 
-use super::flush::Waiter;
 use super::{Event, Purpose, Volume};
 use crate::disk::{Action, Device};
 use crate::request::SnapshotId;
@@ -20,50 +19,11 @@ pub(crate) enum Phase {
     Closed,
 }
 
-/// A snapshot on its way to its instant.
-#[derive(Debug)]
-pub(crate) struct Creation {
-    id: SnapshotId,
-    step: Step,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Step {
-    /// Waits for the one before it.
-    Queued,
-    /// The origin is flushed while its clients go on, so that the second flush
-    /// finds little to do. With the count of changes when it was asked for.
-    FirstFlush(u64),
-    /// New origin writes are held; those under way end.
-    Draining(u64),
-    /// The origin is flushed, and nobody writes to it.
-    SecondFlush,
-}
-
 impl Volume {
     /// Take in a snapshot that existed before: a store that was opened. No
     /// request may have been handled yet.
     pub fn attach_snapshot(&mut self, store: Store) -> SnapshotId {
         self.add_snapshot(store, State::Active)
-    }
-
-    /// Take a snapshot now, into a store that was made for it: flush the origin,
-    /// hold new writes to it, drain those in flight, flush again, release. What
-    /// was answered before this call is in the snapshot; what is handed in after
-    /// [`Event::Created`] is not. Ends with that event or with
-    /// [`Event::CreateFailed`].
-    pub fn create_snapshot(&mut self, store: Store) -> SnapshotId {
-        assert!(!store.invalid, "a snapshot is taken into a good store");
-        assert!(
-            self.merging().is_none(),
-            "no snapshot is taken of an origin that is merging"
-        );
-        let id = self.add_snapshot(store, State::Creating);
-        self.creations.push_back(Creation {
-            id,
-            step: Step::Queued,
-        });
-        id
     }
 
     pub(super) fn new_snapshot_id(&mut self) -> SnapshotId {
@@ -72,7 +32,7 @@ impl Volume {
         id
     }
 
-    fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
+    pub(super) fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
         let id = self.new_snapshot_id();
         self.snapshots
             .push(Snapshot::new(id, store, state, self.law));
@@ -85,95 +45,17 @@ impl Volume {
     pub fn close(&mut self) {
         if self.phase == Phase::Open {
             self.phase = Phase::Draining;
+            self.fail_instants_to_be_told();
         }
     }
 
     pub(super) fn advance_lifecycle(&mut self) {
-        self.advance_creation();
+        self.advance_instant();
         self.advance_merge();
+        self.end_removals();
         if self.phase == Phase::Draining && self.is_drained() {
             self.begin_last_flushes();
         }
-    }
-
-    fn advance_creation(&mut self) {
-        let Some(creation) = self.creations.front_mut() else {
-            return;
-        };
-        match creation.step {
-            Step::Queued if self.law.flush_before_snapshot() => {
-                creation.step = Step::FirstFlush(self.origin_changes);
-                self.origin_flush.waiting.push(Waiter::Creation);
-                // Begun by the next round of coming to rest.
-                self.begin_origin_flush();
-            }
-            Step::Queued => self.begin_drain(self.origin_changes),
-            Step::Draining(_) => self.end_drain(),
-            Step::FirstFlush(_) | Step::SecondFlush => {}
-        }
-    }
-
-    /// A flush that a creation was waiting for has ended.
-    pub(super) fn creation_flushed(&mut self, ok: bool) {
-        let creation = self.creations.front().expect("it waits for this flush");
-        match creation.step {
-            _ if !ok => self.end_creation(false),
-            Step::FirstFlush(changes) => self.begin_drain(changes),
-            Step::SecondFlush => self.end_creation(true),
-            Step::Queued | Step::Draining(_) => unreachable!("it did not ask for a flush"),
-        }
-    }
-
-    fn begin_drain(&mut self, changes: u64) {
-        let creation = self.creations.front_mut().expect("a creation is under way");
-        creation.step = Step::Draining(changes);
-        self.holding = self.law.drain_before_snapshot();
-        self.end_drain();
-    }
-
-    /// If no write is under way any more, flush what they left, and be done.
-    fn end_drain(&mut self) {
-        if self.law.drain_before_snapshot() && self.origin_mutations > 0 {
-            return;
-        }
-        let creation = self.creations.front_mut().expect("a creation is under way");
-        let Step::Draining(changes) = creation.step else {
-            unreachable!("it drains");
-        };
-        if changes == self.origin_changes || !self.law.flush_before_snapshot() {
-            return self.end_creation(!self.origin_flush_failed());
-        }
-        creation.step = Step::SecondFlush;
-        self.origin_flush.waiting.push(Waiter::Creation);
-        self.begin_origin_flush();
-    }
-
-    /// The instant: nothing is in flight, and what the snapshot shows is durable.
-    fn end_creation(&mut self, ok: bool) {
-        let Creation { id, .. } = self.creations.pop_front().expect("a creation is under way");
-        let index = self.index_of(id).expect("it was added when it was begun");
-        self.events.push_back(if ok {
-            self.snapshots[index].state = State::Active;
-            Event::Created(id)
-        } else {
-            self.snapshots.remove(index);
-            Event::CreateFailed(id)
-        });
-        self.release();
-        self.advance_creation();
-    }
-
-    /// The origin is held no longer: on with what waits.
-    pub(super) fn release(&mut self) {
-        self.holding = false;
-        for request in std::mem::take(&mut self.held) {
-            self.admit(request);
-        }
-    }
-
-    /// Whether a snapshot of the origin is on its way to its instant.
-    pub(super) fn is_taking_instants(&self) -> bool {
-        !self.creations.is_empty()
     }
 
     /// Everything that was begun has ended, but for flushes that nobody waits for.
@@ -182,7 +64,8 @@ impl Volume {
         self.requests.is_empty()
             && self.in_flight.is_empty()
             && self.jobs.is_empty()
-            && self.creations.is_empty()
+            && self.instants.is_empty()
+            && self.removals.is_empty()
             && self.merge_is_idle()
             && self.snapshots.iter().all(settled)
     }

@@ -15,9 +15,11 @@ mod admit;
 mod copy;
 mod drive;
 mod flush;
+mod instant;
 mod lifecycle;
 mod merge;
 mod origin_write;
+mod removal;
 mod snapshot_write;
 pub(crate) mod task;
 #[cfg(test)]
@@ -30,16 +32,19 @@ use slab::Slab;
 use crate::disk::{Action, Device, DiskOp, OpId};
 use crate::in_flight::{RangeId, Ranges};
 use crate::law::Law;
-use crate::request::{Failure, Reply, Request, SnapshotId, View};
+use crate::request::{Failure, Reply, SnapshotId, View};
 use crate::snapshot::{Snapshot, State};
 use crate::store::Status;
 use active::{Active, RequestKey};
 use copy::{CopyMemory, Job, JobKey};
 use flush::Lane;
-use lifecycle::{Creation, Phase};
+use instant::Instant;
+use lifecycle::Phase;
 use merge::{Beginning, Merge, PieceKey};
-pub use merge::{MergeError, MergeProgress};
 use task::{Task, TaskId, Work};
+
+pub use instant::{InstantId, NotHeld};
+pub use merge::{MergeError, MergeProgress};
 
 /// A mutation is worked off in windows of this many bytes.
 const WINDOW_BYTES: u64 = 32 << 20;
@@ -81,9 +86,9 @@ pub enum Now {
 /// Something that an operator wants to hear of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The snapshot begun by [`Volume::create_snapshot`] exists: its instant has been taken.
+    /// The snapshot exists: its instant has been taken.
     Created(SnapshotId),
-    /// It could not be taken; the id is gone.
+    /// The snapshot begun by [`Volume::create_snapshot`] could not be taken; the id is gone.
     CreateFailed(SnapshotId),
     /// The snapshot was lost, for this reason.
     Invalid(SnapshotId, &'static str),
@@ -92,6 +97,13 @@ pub enum Event {
     Unmarked(SnapshotId, &'static str),
     /// A PO store is full: the snapshot can be read, but no more written.
     Overflow(SnapshotId),
+    /// The instant begun by [`Volume::begin_instant`] can be taken: nothing
+    /// changes the origin until it is, or is abandoned.
+    Held(InstantId),
+    /// It cannot be taken; its snapshots' ids are gone.
+    InstantFailed(InstantId),
+    /// The snapshot is gone, and nothing is in flight on its store.
+    Removed(SnapshotId),
     /// The origin reads as the snapshot from here on, and the snapshot takes no
     /// more requests; see [`Volume::begin_merge`].
     MergeBegun(SnapshotId),
@@ -182,17 +194,22 @@ pub struct Volume {
     origin_writes: Ranges,
     /// Reads of the origin by snapshots' clients.
     origin_reads: Ranges,
-    /// Mutations of the origin that have not ended.
+    /// Mutations that have begun to change the origin and have not ended.
     origin_mutations: u64,
     /// Counts changes of the origin: equal numbers mean that nothing changed.
     origin_changes: u64,
     origin_flush: Lane,
     /// Snapshots to look after before the volume comes to rest.
     listed: VecDeque<SnapshotId>,
-    creations: VecDeque<Creation>,
-    /// Mutations of the origin that wait for a snapshot's instant.
-    held: VecDeque<Request>,
+    /// The first is under way.
+    instants: VecDeque<Instant>,
+    next_instant: u32,
+    /// No mutation of the origin may begin.
     holding: bool,
+    /// Mutations of the origin that would begin.
+    held: Vec<RequestKey>,
+    /// Snapshots that go when nothing is in flight for them.
+    removals: Vec<SnapshotId>,
     /// A merge that was ordered and has not begun.
     merge_begins: Option<Beginning>,
     /// The store that is being merged into the origin.
@@ -233,9 +250,11 @@ impl Volume {
             origin_changes: 0,
             origin_flush: Lane::default(),
             listed: VecDeque::new(),
-            creations: VecDeque::new(),
-            held: VecDeque::new(),
+            instants: VecDeque::new(),
+            next_instant: 0,
             holding: false,
+            held: Vec::new(),
+            removals: Vec::new(),
             merge_begins: None,
             merge: None,
             merge_suspended: false,
@@ -340,10 +359,13 @@ impl Volume {
         Ok(extents)
     }
 
-    /// A snapshot's status.
+    /// A snapshot's status; none once it is being removed.
     pub fn status(&self, snapshot: SnapshotId) -> Option<Status> {
-        let merging = self.merge_status(snapshot);
-        merging.or_else(|| self.snapshot(snapshot).map(Snapshot::status))
+        if let Some(merging) = self.merge_status(snapshot) {
+            return Some(merging);
+        }
+        let snapshot = self.snapshot(snapshot)?;
+        (snapshot.state != State::Removing).then(|| snapshot.status())
     }
 
     /// Nothing is in flight or queued, and every reply has been taken.
@@ -352,8 +374,8 @@ impl Volume {
             && self.in_flight.is_empty()
             && self.runnable.is_empty()
             && self.replies.is_empty()
-            && self.held.is_empty()
-            && self.creations.is_empty()
+            && self.instants.is_empty()
+            && self.removals.is_empty()
             && self.merge_is_idle()
     }
 
@@ -393,9 +415,7 @@ impl Volume {
                 Ok(())
             }
             View::Snapshot(id) => match self.snapshot(id) {
-                Some(snapshot) if snapshot.state != State::Creating => {
-                    snapshot.resolve(start, end, max, extents)
-                }
+                Some(snapshot) if snapshot.is_there() => snapshot.resolve(start, end, max, extents),
                 _ => Err(Failure::NoSuchView),
             },
         }

@@ -45,7 +45,8 @@ impl Volume {
             // can come in between for ever.
             self.tasks[task.0].waits = self.origin_reads.wait_for_overlaps(start, end, task);
         }
-        if !self.waits(task) {
+        let begun = self.mutation(request).begun;
+        if !self.waits(task) && (begun || self.may_begin(request)) {
             self.issue_origin_window(request);
         }
     }
@@ -70,7 +71,7 @@ impl Volume {
     /// Make `task` wait until the snapshot no longer needs `start..end` of the origin.
     fn wait_for_copies(&mut self, index: usize, start: u64, end: u64, task: TaskId) {
         match self.snapshots[index].state {
-            State::Creating | State::Invalid => return,
+            State::Creating | State::Invalid | State::Removing => return,
             State::Unmarked => unreachable!("refused before"),
             State::Invalidating(_) => {}
             State::Active | State::Overflowed => match self.prepare_range(index, start, end) {
@@ -156,6 +157,9 @@ impl Volume {
 
     /// Nothing stands in the way of the current window any more.
     fn issue_origin_window(&mut self, request: RequestKey) {
+        let mutation = self.mutation_mut(request);
+        let first = !std::mem::replace(&mut mutation.begun, true);
+        self.origin_mutations += u64::from(first);
         let mutation = self.mutation(request);
         let (start, end) = mutation.window;
         let (offset, effect) = (mutation.offset, mutation.effect.clone());
@@ -217,7 +221,7 @@ impl Volume {
         }
         for snapshot in &self.snapshots {
             match snapshot.state {
-                State::Creating | State::Invalid => {}
+                State::Creating | State::Invalid | State::Removing => {}
                 State::Invalidating(_) | State::Unmarked => return Vec::new(),
                 State::Active | State::Overflowed => {
                     ranges = ranges
@@ -289,7 +293,7 @@ impl Volume {
     /// Every snapshot has durable copies of `start..end`, or needs none.
     fn is_copied(&self, start: u64, end: u64) -> bool {
         self.snapshots.iter().all(|s| match s.state {
-            State::Creating | State::Invalid => true,
+            State::Creating | State::Invalid | State::Removing => true,
             State::Active | State::Overflowed => s.is_durable(start, end, self.law),
             State::Invalidating(_) | State::Unmarked => false,
         })

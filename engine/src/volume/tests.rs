@@ -2,6 +2,7 @@
 //! shows what a byte array would. Power cuts are the simulator's business.
 
 mod faults;
+mod live;
 mod merge;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::disk::{Action, DiskError, Outcome};
-use crate::request::{Command, RequestId};
+use crate::request::{Command, Request, RequestId};
 use crate::store::Store;
 use crate::store::{StoreIo, StoreKind, StoreSize, StoreSpec};
 

@@ -280,9 +280,14 @@ impl Session<'_> {
                 self.world.ledger.count(Tally::Overflow);
                 Ok(())
             }
-            Event::MergeBegun(_) | Event::Merged(_) | Event::MergeFailed(..) => Err(Violation(
-                format!("{event:?}, though nobody asked for a merge"),
-            )),
+            Event::Held(_)
+            | Event::InstantFailed(_)
+            | Event::Removed(_)
+            | Event::MergeBegun(_)
+            | Event::Merged(_)
+            | Event::MergeFailed(..) => {
+                Err(Violation(format!("{event:?}, which nobody asked for")))
+            }
             Event::Closed(well) => {
                 if !self.closing || self.closed.is_some() || !self.pending.is_empty() {
                     return Err(Violation(

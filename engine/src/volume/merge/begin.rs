@@ -64,7 +64,7 @@ impl Volume {
         if snapshot.kind == StoreKind::Transient {
             return Err(MergeError::Transient);
         }
-        if self.is_taking_instants() {
+        if !self.instants.is_empty() {
             return Err(MergeError::InstantUnderWay);
         }
         if !snapshot.is_readable() {
@@ -177,16 +177,14 @@ impl Volume {
     fn is_drained_for_merge(&self, index: usize) -> bool {
         let snapshot = &self.snapshots[index];
         let id = snapshot.id;
-        let asks = |view: View, doing: &Doing| match view {
-            View::Origin => matches!(doing, Doing::Flush),
-            View::Snapshot(other) => other == id,
-        };
+        let mut requests = self.requests.iter().map(|(_, active)| active);
+        // A FUA whose write was before the rollback is not to be answered after it.
+        let flushes = requests.any(|r| r.view == View::Origin && matches!(r.doing, Doing::Flush));
         self.origin_mutations == 0
+            && !flushes
             && snapshot.pending.is_empty()
             && snapshot.commit.as_ref().is_some_and(Commit::is_settled)
-            && !(self.requests.iter()).any(|(_, active)| asks(active.view, &active.doing))
-            && !self.jobs.iter().any(|(_, job)| job.is_for(id))
-            && !(self.in_flight.iter()).any(|(_, purpose)| purpose.is_of_store(id))
+            && !self.is_in_use(id)
     }
 
     /// The first instant: the snapshot becomes a part of the origin.
@@ -234,34 +232,6 @@ impl Volume {
         self.release();
         for request in held {
             self.admit(request);
-        }
-    }
-}
-
-impl Purpose {
-    /// Whether this is an operation of a store's own, which belongs to no request
-    /// and no copy.
-    fn is_of_store(&self, id: SnapshotId) -> bool {
-        match *self {
-            Self::AreaWrite(other)
-            | Self::NextArea(other)
-            | Self::StoreFlush(other)
-            | Self::InvalidHeader(other)
-            | Self::InvalidFlush(other)
-            | Self::Grow(other) => other == id,
-            Self::ClientRead { .. }
-            | Self::ClientWrite(_)
-            | Self::CopyRead(_)
-            | Self::CopyWrite(_)
-            | Self::OriginFlush
-            | Self::CloseFlush
-            | Self::MergedRead { .. }
-            | Self::MergedWrite { .. }
-            | Self::MergeTail
-            | Self::PieceRead(_)
-            | Self::PieceWrite(_)
-            | Self::MergeEntries
-            | Self::MergeFlush => false,
         }
     }
 }

@@ -3,11 +3,11 @@
 use super::*;
 
 /// The volume of a rig with one store, driven by hand.
-fn rig(kind: StoreKind, ready: u64, limit: u64) -> Rig {
+pub(super) fn rig(kind: StoreKind, ready: u64, limit: u64) -> Rig {
     Rig::new(&[(kind, 1, ready, limit)], 1)
 }
 
-fn write(rig: &mut Rig, id: u64, view: View, sector: u64) {
+pub(super) fn write(rig: &mut Rig, id: u64, view: View, sector: u64) {
     let command = Command::Write {
         offset: sector * 512,
         data: Bytes::from(vec![id as u8; 512]),
@@ -19,19 +19,19 @@ fn write(rig: &mut Rig, id: u64, view: View, sector: u64) {
 
 impl Rig {
     /// Take what the engine wants done.
-    fn take(&mut self) {
+    pub(super) fn take(&mut self) {
         while let Some(op) = self.volume.poll_disk_op() {
             self.running.push(op);
         }
     }
 
     /// Perform one of the operations that `chosen` picks, well.
-    fn perform(&mut self, chosen: impl Fn(&DiskOp) -> bool) {
+    pub(super) fn perform(&mut self, chosen: impl Fn(&DiskOp) -> bool) {
         self.end(chosen, true, DiskError::Io(5));
     }
 
     /// Fail it.
-    fn fail(&mut self, chosen: impl Fn(&DiskOp) -> bool, error: DiskError) {
+    pub(super) fn fail(&mut self, chosen: impl Fn(&DiskOp) -> bool, error: DiskError) {
         self.end(chosen, false, error);
     }
 
@@ -53,7 +53,7 @@ impl Rig {
         self.take();
     }
 
-    fn wants(&self, chosen: impl Fn(&DiskOp) -> bool) -> bool {
+    pub(super) fn wants(&self, chosen: impl Fn(&DiskOp) -> bool) -> bool {
         self.running.iter().any(chosen)
     }
 
@@ -62,23 +62,23 @@ impl Rig {
     }
 }
 
-fn is_flush(op: &DiskOp) -> bool {
+pub(super) fn is_flush(op: &DiskOp) -> bool {
     op.action == Action::Flush && op.device != Device::Origin
 }
 
-fn is_grow(op: &DiskOp) -> bool {
+pub(super) fn is_grow(op: &DiskOp) -> bool {
     matches!(op.action, Action::Grow { .. })
 }
 
-fn is_header(op: &DiskOp) -> bool {
+pub(super) fn is_header(op: &DiskOp) -> bool {
     matches!(op.action, Action::Write { offset: 0, .. }) && op.device != Device::Origin
 }
 
-fn is_store_write(op: &DiskOp) -> bool {
+pub(super) fn is_store_write(op: &DiskOp) -> bool {
     matches!(op.action, Action::Write { offset, .. } if offset > 0) && op.device != Device::Origin
 }
 
-fn is_origin_read(op: &DiskOp) -> bool {
+pub(super) fn is_origin_read(op: &DiskOp) -> bool {
     matches!(op.action, Action::Read { .. }) && op.device == Device::Origin
 }
 

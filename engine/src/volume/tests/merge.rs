@@ -14,8 +14,8 @@ const STORES: [(StoreKind, u64, u64, u64); 4] = [
 
 impl Rig {
     /// Hand a write in, and its reply's end.
-    fn write(&mut self, view: View, offset: u64, byte: u8, len: u64) {
-        self.request(
+    fn write_bytes(&mut self, view: View, offset: u64, byte: u8, len: u64) {
+        self.hand_in(
             view,
             Command::Write {
                 offset,
@@ -25,12 +25,12 @@ impl Rig {
         );
     }
 
-    fn request(&mut self, view: View, command: Command) {
+    fn hand_in(&mut self, view: View, command: Command) {
         let id = RequestId(0);
         self.volume.handle_request(Request { id, view, command });
     }
 
-    fn run(&mut self) {
+    fn settle(&mut self) {
         while self.step() {}
     }
 }
@@ -58,7 +58,7 @@ proptest! {
         let count = before.len();
         for (at, op) in before.into_iter().chain(after).enumerate() {
             if at == count {
-                rig.run();
+                rig.settle();
                 prop_assert!(rig.replies.drain(..).all(|reply| reply.result.is_ok()));
                 let View::Snapshot(snapshot) = view_of(merged) else { unreachable!() };
                 prop_assert_eq!(rig.volume.begin_merge(snapshot), Ok(()));
@@ -88,7 +88,7 @@ proptest! {
             let (id, view) = (RequestId(id * 8 + view as u64), view_of(view));
             rig.volume.handle_request(Request { id, view, command });
         }
-        rig.run();
+        rig.settle();
         for reply in std::mem::take(&mut rig.replies) {
             let gone = reply.id.0 % 8 == merged as u64;
             let expected = if gone { Err(Failure::NoSuchView) } else { Ok(Vec::new()) };
@@ -112,9 +112,9 @@ proptest! {
 fn rig_with_two_chunks() -> Rig {
     let mut rig = Rig::new(&STORES[..2], 1);
     for chunk in [3, 9] {
-        rig.write(View::Origin, chunk * 1024, 1, 1024);
+        rig.write_bytes(View::Origin, chunk * 1024, 1, 1024);
     }
-    rig.run();
+    rig.settle();
     rig.replies.clear();
     rig
 }
@@ -138,7 +138,7 @@ fn what_cannot_be_merged_is_refused_and_nothing_changes() {
         assert_eq!(volume.begin_merge(id), Err(MergeError::AlreadyMerging));
     }
     assert_eq!(volume.merging(), Some(SECOND));
-    rig.run();
+    rig.settle();
     assert_eq!(
         rig.events(),
         [Event::MergeBegun(SECOND), Event::Merged(SECOND)]
@@ -159,7 +159,7 @@ fn a_suspended_merge_reads_as_the_snapshot_and_copies_nothing() {
     let mut rig = rig_with_two_chunks();
     rig.volume.suspend_merge();
     rig.volume.begin_merge(SECOND).unwrap();
-    rig.run();
+    rig.settle();
     assert_eq!(rig.events(), [Event::MergeBegun(SECOND)]);
     assert!(rig.volume.merge_rests() && rig.volume.is_idle());
     let progress = rig.volume.merge_progress().unwrap();
@@ -167,18 +167,18 @@ fn a_suspended_merge_reads_as_the_snapshot_and_copies_nothing() {
     assert_eq!(rig.devices[0].0[3 * 1024], 1, "the origin's device");
     assert_eq!(rig.read_all(View::Origin).unwrap(), [7; ORIGIN as usize]);
     // Mapped chunks are written in the store, the others in the origin.
-    rig.write(View::Origin, 3 * 1024 + 5, 2, 2000);
-    rig.run();
+    rig.write_bytes(View::Origin, 3 * 1024 + 5, 2, 2000);
+    rig.settle();
     assert_eq!(rig.devices[0].0[3 * 1024 + 5], 1);
     assert_eq!(rig.devices[0].0[4 * 1024 + 5], 2);
     rig.volume.set_merge_step(1024);
     rig.volume.resume_merge();
     assert!(rig.step(), "it goes on");
     rig.volume.suspend_merge();
-    rig.run();
+    rig.settle();
     assert_eq!(rig.volume.merge_progress().unwrap().left_chunks, 1);
     rig.volume.resume_merge();
-    rig.run();
+    rig.settle();
     assert_eq!(rig.events(), [Event::Merged(SECOND)]);
     assert_eq!(rig.volume.merge_progress(), None);
     let mut expected = vec![7; ORIGIN as usize];
@@ -199,7 +199,7 @@ fn a_merge_stops_at_a_close_and_goes_on_when_it_is_attached() {
         assert!(rig.step());
     }
     rig.volume.close();
-    rig.run();
+    rig.settle();
     assert_eq!(
         rig.events(),
         [Event::MergeBegun(SECOND), Event::Closed(true)]
@@ -238,7 +238,7 @@ fn a_merge_stops_at_a_close_and_goes_on_when_it_is_attached() {
         "one exception: two chunks of metadata and one of data"
     );
     assert_eq!(rig.read_all(View::Origin).unwrap(), [7; ORIGIN as usize]);
-    rig.run();
+    rig.settle();
     assert_eq!(rig.events(), [Event::Merged(SECOND)]);
     assert!(rig.devices[0].0 == [7; ORIGIN as usize]);
     assert_eq!(
@@ -253,7 +253,7 @@ fn around_the_queue_lies_what_no_step_is_copying() {
     let mut rig = rig_with_two_chunks();
     rig.volume.suspend_merge();
     rig.volume.begin_merge(SECOND).unwrap();
-    rig.run();
+    rig.settle();
     let mut extents = Vec::new();
     let now = rig.volume.read_now(View::Origin, 0, ORIGIN, &mut extents);
     assert_eq!(now, Now::Go);

@@ -37,6 +37,12 @@ impl Hosted {
                 "the snapshot's store is full: it can still be read, but writes to it fail; \
                  copy what you need from it and take a new one with a larger store"
             ),
+            Event::Removed(id) => {
+                tracing::info!(export = self.export(*id), "snapshot removed");
+                self.stores.remove(id);
+            }
+            // Nobody here orders instants of several snapshots.
+            Event::Held(_) | Event::InstantFailed(_) => {}
             Event::MergeBegun(id) => tracing::info!(
                 export = self.export(*id),
                 "the disk has been rolled back to the snapshot; its chunks are merged from now on"
