@@ -186,7 +186,7 @@ impl Volume {
 
     /// No step of a merge is under way: all that it has done is durable.
     pub fn merge_rests(&self) -> bool {
-        self.merge_begins.is_none() && self.merge.as_ref().is_none_or(|merge| merge.rests())
+        self.merge_begins.is_none() && self.merge.as_ref().is_none_or(Merge::rests)
     }
 
     /// Copy `bytes` in a step instead of 4 MiB: simulated disks are smaller than that.
