@@ -255,6 +255,9 @@ fn state(report: &SnapshotReport) -> &'static str {
         SnapshotState::Active => "active",
         SnapshotState::Overflow => "overflow",
         SnapshotState::Invalid => "invalid",
+        SnapshotState::MergeWaiting => "merge waiting",
+        SnapshotState::Merging => "merging",
+        SnapshotState::MergeFailed => "merge failed",
     }
 }
 

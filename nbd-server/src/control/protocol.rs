@@ -55,6 +55,11 @@ pub enum Order {
     SnapshotList(Selection),
     /// End snapshots. Answer: [`Answer::Snapshots`], as they were.
     SnapshotRemove(SnapshotRemove),
+    /// Roll a disk back to a snapshot. Answer: [`Answer::Snapshots`]; none, if the
+    /// merge is done already.
+    SnapshotMerge(SnapshotMerge),
+    /// Call off a merge that waits. Answer: [`Answer::Snapshots`].
+    SnapshotCancel(SnapshotCancel),
     /// Give a snapshot another name. Answer: [`Answer::Snapshots`].
     SnapshotRename(SnapshotRename),
     /// Tell of volumes. Answer: [`Answer::Volumes`].
@@ -70,6 +75,42 @@ pub enum Order {
     /// Tell what has happened. Answer: [`Answer::Events`]; when following, one
     /// such answer after the other.
     Events(EventsWanted),
+}
+
+/// Roll a disk back to a snapshot: from the first instant the disk reads as the
+/// snapshot, while the chunks are copied behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotMerge {
+    /// Which.
+    pub snapshot: SnapshotName,
+    /// What to do about clients that are attached to the disk.
+    #[serde(default)]
+    pub clients: MergeClients,
+    /// Delete the file of the store when the merge is done.
+    #[serde(default)]
+    pub delete_cow: bool,
+}
+
+/// What a merge does about clients that are attached to the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MergeClients {
+    /// The merge is refused.
+    #[default]
+    Refuse,
+    /// It begins under them: the disk changes before their eyes.
+    Force,
+    /// It waits until they have gone.
+    Wait,
+}
+
+/// Call off a merge that waits for clients to go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCancel {
+    /// Which.
+    pub snapshot: SnapshotName,
 }
 
 /// Give a snapshot another name.

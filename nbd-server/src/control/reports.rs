@@ -58,10 +58,21 @@ pub struct SnapshotReport {
     pub fill_bytes_per_second: Option<u64>,
     /// When it will be full if that goes on, in seconds from now.
     pub full_in_seconds: Option<u64>,
+    /// How far its merge has come, in chunks; null unless it is being merged.
+    pub merge: Option<MergeReport>,
     /// Clients attached to it.
     pub clients: u64,
     /// The line that `dmsetup status` has for it.
     pub status: String,
+}
+
+/// How far a merge has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergeReport {
+    /// Chunks that are still to be copied to the disk.
+    pub left_chunks: u64,
+    /// Chunks that there were when it began.
+    pub total_chunks: u64,
 }
 
 /// How a snapshot is doing.
@@ -74,6 +85,12 @@ pub enum SnapshotState {
     Overflow,
     /// It is lost.
     Invalid,
+    /// It will be merged when no client is attached to the disk any more.
+    MergeWaiting,
+    /// The disk reads as the snapshot, and its chunks are being copied.
+    Merging,
+    /// The disk reads as the snapshot, and the copying has stopped on an error.
+    MergeFailed,
 }
 
 /// A volume.
@@ -155,6 +172,16 @@ pub enum EventKind {
     Overflow,
     /// A snapshot is lost.
     Invalid,
+    /// A snapshot will be merged when no client is attached to the disk any more.
+    MergeWaiting,
+    /// A merge that waited was called off.
+    MergeCancelled,
+    /// A disk has been rolled back to a snapshot.
+    MergeBegun,
+    /// A merge is done, and the snapshot gone.
+    MergeDone,
+    /// A merge has stopped on an error.
+    MergeFailed,
     /// A volume is served.
     VolumeAdded,
     /// A volume is not served any more.
@@ -176,6 +203,11 @@ impl EventKind {
             Self::Renamed => "renamed",
             Self::Overflow => "overflow",
             Self::Invalid => "invalid",
+            Self::MergeWaiting => "merge-waiting",
+            Self::MergeCancelled => "merge-cancelled",
+            Self::MergeBegun => "merge-begun",
+            Self::MergeDone => "merge-done",
+            Self::MergeFailed => "merge-failed",
             Self::VolumeAdded => "volume-added",
             Self::VolumeRemoved => "volume-removed",
             Self::ClientCame => "client-came",

@@ -7,7 +7,7 @@ use nbdsnap_engine::View;
 
 use super::VolumeId;
 use super::connection::{Connection, Traffic};
-use super::hosted::VolumeOrder;
+use super::hosted::{NotMerged, VolumeOrder};
 use super::news::{News, What};
 use super::shard::Worker;
 
@@ -33,22 +33,45 @@ pub struct ClientStatus {
 impl Worker {
     /// Give a volume its order. If the volume has gone, so has whoever would answer.
     pub(super) fn execute(&mut self, volume: VolumeId, order: VolumeOrder) {
-        let Some(hosted) = self.volumes.get_mut(&volume) else {
+        if !self.volumes.contains_key(&volume) {
             return;
-        };
+        }
         let mut leaving = None;
         match &order {
             VolumeOrder::Remove { snapshot, .. } => leaving = Some(View::Snapshot(*snapshot)),
+            VolumeOrder::Merge {
+                snapshot,
+                only_idle,
+                begun,
+            } => {
+                let count = self.attached(volume, View::Origin);
+                if *only_idle && count > 0 {
+                    let _ = begun.send(Err(NotMerged::InUse(count)));
+                    return;
+                }
+                leaving = Some(View::Snapshot(*snapshot));
+            }
             VolumeOrder::Leave { left } => {
                 self.departing.insert(volume, left.clone());
             }
             _ => {}
         }
-        hosted.handle_order(order);
+        let hosted = self.volumes.get_mut(&volume);
+        hosted.expect("looked for above").handle_order(order);
         self.touch_volume(volume);
         if let Some(view) = leaving {
             self.hear_no_more(volume, view);
         }
+    }
+
+    /// Clients of a view.
+    fn attached(&mut self, volume: VolumeId, view: View) -> u64 {
+        let mut count = 0;
+        for key in self.clients.table.keys() {
+            let client = self.clients.table.get_mut(key);
+            count += u64::from(client.is_some_and(|one| one.volume == volume && one.view == view));
+        }
+        count
     }
 
     /// Hear no more from the clients of a view: what they have sent is answered,

@@ -31,7 +31,9 @@ mod table;
 
 pub use census::ClientStatus;
 pub use connection::Traffic;
-pub use hosted::{HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, Views, VolumeOrder};
+pub use hosted::{
+    HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Views, VolumeOrder,
+};
 pub use news::{Herald, News, What};
 pub use shard::{NewConnection, Shard};
 

@@ -25,6 +25,12 @@ pub enum What {
     Invalid(&'static str),
     /// Its store is full: it can still be read.
     Overflow,
+    /// The origin reads as the snapshot from here on.
+    MergeBegun,
+    /// The snapshot is merged, and gone.
+    Merged,
+    /// The merge has stopped, or did not begin.
+    MergeFailed(&'static str),
     /// A client has attached.
     ClientCame {
         /// Its name within the server.

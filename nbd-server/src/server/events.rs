@@ -3,14 +3,14 @@
 //! one that falls behind by more than that learns how many it has missed.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use super::registry::now;
 use crate::control::protocol::{EventKind, EventReport};
-use crate::io::{Herald, News, What};
+use crate::io::{News, What};
 
 /// Events that can still be read.
 pub const KEPT: usize = 4096;
@@ -116,24 +116,23 @@ impl Ring {
     }
 }
 
-/// Publishes what the volumes' threads have to tell.
-#[derive(Debug)]
-pub(super) struct Crier(pub(super) Arc<Events>);
-
-impl Herald for Crier {
-    fn tell(&self, news: News) {
-        let (kind, client, message) = match news.what {
-            What::Invalid(why) => (EventKind::Invalid, None, Some(why.to_owned())),
-            What::Overflow => (EventKind::Overflow, None, None),
-            What::ClientCame { id, peer, .. } => (EventKind::ClientCame, Some(id), Some(peer)),
-            What::ClientWent { id, peer } => (EventKind::ClientWent, Some(id), Some(peer)),
-        };
-        let mut event = EventReport::new(kind).of_volume(&news.volume_name);
-        event.snapshot = news.snapshot.map(|(_, name)| name);
-        event.client = client;
-        event.message = message;
-        self.0.publish(event);
-    }
+/// What a volume's thread has to tell, in the words of events.
+pub(super) fn event_of(news: &News) -> Option<EventReport> {
+    let (kind, client, message) = match &news.what {
+        What::Invalid(why) => (EventKind::Invalid, None, Some((*why).to_owned())),
+        What::Overflow => (EventKind::Overflow, None, None),
+        What::MergeBegun => (EventKind::MergeBegun, None, None),
+        What::MergeFailed(why) => (EventKind::MergeFailed, None, Some((*why).to_owned())),
+        What::ClientCame { id, peer, .. } => (EventKind::ClientCame, Some(*id), Some(peer.clone())),
+        What::ClientWent { id, peer } => (EventKind::ClientWent, Some(*id), Some(peer.clone())),
+        // The administrator tells of it when the snapshot has left the lists.
+        What::Merged => return None,
+    };
+    let mut event = EventReport::new(kind).of_volume(&news.volume_name);
+    event.snapshot = news.snapshot.as_ref().map(|(_, name)| name.clone());
+    event.client = client;
+    event.message = message;
+    Some(event)
 }
 
 #[cfg(test)]

@@ -57,6 +57,9 @@ pub trait Keeper: Send + std::fmt::Debug {
     /// The origin is about to read as the snapshot: a restart goes on with that.
     fn merge_begins(&mut self, snapshot: &Kept) -> Result<(), KeeperError>;
 
+    /// The merge did not begin after all.
+    fn merge_abandoned(&mut self, snapshot: &Kept) -> Result<(), KeeperError>;
+
     /// The merge is done, and the snapshot gone.
     fn merge_ends(&mut self, snapshot: &Kept) -> Result<(), KeeperError>;
 }
@@ -93,6 +96,10 @@ impl Keeper for Forgetful {
     }
 
     fn merge_begins(&mut self, _: &Kept) -> Result<(), KeeperError> {
+        Ok(())
+    }
+
+    fn merge_abandoned(&mut self, _: &Kept) -> Result<(), KeeperError> {
         Ok(())
     }
 

@@ -28,11 +28,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::control::door::Door;
-use crate::io::Shard;
+use crate::io::{Herald, Shard};
 use crate::nbd::export::{CatalogError, Export};
-use admin::{Admin, Administrator};
+use admin::{Admin, Administrator, Mailroom};
 use directory::Directory;
-use events::{Crier, Events};
+use events::Events;
 use front::Front;
 use on_event::Runner;
 use setup::{Listener, Setup};
@@ -90,9 +90,10 @@ impl RunningServer {
     /// taken and clients are accepted.
     pub fn start(setup: Setup) -> Result<Self, ServerError> {
         let events = Arc::new(Events::default());
+        let mailroom = Mailroom::default();
         let mut shards = Vec::new();
         for number in 0..setup.threads.max(1) {
-            let herald = Arc::new(Crier(Arc::clone(&events)));
+            let herald: Arc<dyn Herald> = Arc::new(mailroom.herald(Arc::clone(&events)));
             let shard = Shard::start(number, herald).map_err(system("start a volume's thread"))?;
             shards.push(shard);
         }
@@ -118,6 +119,7 @@ impl RunningServer {
             Arc::clone(&directory),
             Arc::clone(&shards),
             Arc::clone(&events),
+            mailroom,
         );
         let runner = match setup.on_event.map(|command| Runner::start(events, command)) {
             None => None,

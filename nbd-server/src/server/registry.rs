@@ -51,6 +51,18 @@ pub(super) struct SnapshotEntry {
     pub(super) taken: Taken,
     pub(super) scratch: Option<Scratch>,
     pub(super) fill: FillRate,
+    pub(super) merge: MergeState,
+}
+
+/// What has become of an order to merge a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MergeState {
+    /// There is none.
+    None,
+    /// It waits until no client is attached to the origin.
+    Waiting { delete_cow: bool },
+    /// The origin reads as the snapshot, which is no export any more.
+    Begun { delete_cow: bool },
 }
 
 /// When a snapshot was taken.
@@ -143,6 +155,7 @@ impl SnapshotEntry {
             taken,
             scratch: facts.scratch,
             fill: FillRate::new(facts.allocated),
+            merge: MergeState::None,
         }
     }
 }
@@ -192,6 +205,12 @@ impl SnapshotFacts {
 }
 
 impl VolumeEntry {
+    /// The snapshot that it is being merged with, or will be.
+    pub(super) fn merging(&self) -> Option<&SnapshotEntry> {
+        let merges = |entry: &&SnapshotEntry| entry.merge != MergeState::None;
+        self.snapshots.iter().find(merges)
+    }
+
     pub(super) fn snapshot(&self, name: &str) -> Option<&SnapshotEntry> {
         self.snapshots.iter().find(|entry| entry.name == name)
     }
@@ -271,7 +290,8 @@ impl Registry {
             };
             exports.push(volume.export());
             routes.push(route(View::Origin, volume.origin.read_only));
-            for snapshot in &volume.snapshots {
+            let begun = |one: &&SnapshotEntry| matches!(one.merge, MergeState::Begun { .. });
+            for snapshot in volume.snapshots.iter().filter(|one| !begun(one)) {
                 exports.push(volume.snapshot_export(snapshot));
                 routes.push(route(View::Snapshot(snapshot.id), snapshot.read_only));
             }

@@ -13,6 +13,9 @@ impl Hosted {
         let (id, what) = match event {
             Event::Invalid(id, why) | Event::Unmarked(id, why) => (*id, What::Invalid(why)),
             Event::Overflow(id) => (*id, What::Overflow),
+            Event::MergeBegun(id) => (*id, What::MergeBegun),
+            Event::Merged(id) => (*id, What::Merged),
+            Event::MergeFailed(id, why) => (*id, What::MergeFailed(why)),
             _ => return,
         };
         outside.herald.tell(News {
@@ -63,6 +66,24 @@ impl Hosted {
             Event::InstantFailed(instant) => {
                 tracing::error!(volume = self.name, "no snapshot could be taken");
                 self.instant_failed(*instant);
+            }
+            Event::MergeBegun(id) => {
+                tracing::info!(
+                    export = self.export(*id),
+                    "the disk has been rolled back to the snapshot; its chunks are merged from now on"
+                );
+                self.merge_begun();
+            }
+            Event::Merged(id) => {
+                tracing::info!(export = self.export(*id), "the snapshot is merged");
+                self.stores.remove(id);
+            }
+            Event::MergeFailed(id, why) => {
+                tracing::error!(
+                    export = self.export(*id),
+                    "the merge has stopped: {why}; the disk goes on reading as the snapshot"
+                );
+                self.merge_failed(why);
             }
             Event::Closed(durable) => {
                 if !durable {

@@ -115,6 +115,12 @@ impl Administrator {
             if wanted[..place].contains(name) {
                 return Err(Refused::Twice(name.clone()));
             }
+            if let Some(merging) = volume.merging() {
+                return Err(Refused::Merging(SnapshotName {
+                    volume: volume.name.clone(),
+                    snapshot: merging.name.clone(),
+                }));
+            }
             if volume.origin.read_only {
                 return Err(Refused::ReadOnly(volume.name.clone()));
             }

@@ -5,6 +5,7 @@
 
 mod clients;
 mod create;
+mod merge;
 mod refusal;
 mod remove;
 mod rename;
@@ -19,21 +20,24 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
-use super::events::Events;
+use super::events::{Events, event_of};
 use super::keeper::Keeper;
 use super::registry::Registry;
 use crate::control::door::Office;
 use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
 use crate::disks::Taken;
-use crate::io::Shard;
+use crate::io::{Herald, News, Shard, What};
 use refusal::Refused;
 
 /// How often a thread that does not answer is looked after.
 const LOOK_AFTER: Duration = Duration::from_millis(50);
 
 /// What reaches the administrator.
+#[derive(Debug)]
 enum Letter {
     Order(Order, oneshot::Sender<Outcome>),
+    /// Something has happened that the registry has to follow.
+    News(News),
     Stop,
 }
 
@@ -56,6 +60,50 @@ pub(super) struct Administrator {
     events: Arc<Events>,
     /// How many volumes there have been: they are never called the same.
     volumes: u32,
+    mailroom: Mailroom,
+}
+
+/// Where letters arrive, from before the administrator is there.
+#[derive(Debug)]
+pub(super) struct Mailroom {
+    letters: Sender<Letter>,
+    inbox: Receiver<Letter>,
+}
+
+impl Default for Mailroom {
+    fn default() -> Self {
+        let (letters, inbox) = channel();
+        Self { letters, inbox }
+    }
+}
+
+impl Mailroom {
+    /// For a volume's thread: tells followers of events and, where the registry
+    /// has to follow, the administrator.
+    pub(super) fn herald(&self, events: Arc<Events>) -> impl Herald + use<> {
+        Crier {
+            events,
+            letters: self.letters.clone(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Crier {
+    events: Arc<Events>,
+    letters: Sender<Letter>,
+}
+
+impl Herald for Crier {
+    fn tell(&self, news: News) {
+        if let Some(event) = event_of(&news) {
+            self.events.publish(event);
+        }
+        if matches!(news.what, What::Merged | What::ClientWent { .. }) {
+            // Nobody there: the server is stopping.
+            let _ = self.letters.send(Letter::News(news));
+        }
+    }
 }
 
 impl Administrator {
@@ -66,6 +114,7 @@ impl Administrator {
         directory: Arc<Directory>,
         shards: Arc<Vec<Shard>>,
         events: Arc<Events>,
+        mailroom: Mailroom,
     ) -> Self {
         Self {
             volumes: registry.volumes.len() as u32,
@@ -75,15 +124,16 @@ impl Administrator {
             directory,
             shards,
             events,
+            mailroom,
         }
     }
 
     /// Begin to execute orders.
     pub(super) fn start(self) -> std::io::Result<Admin> {
-        let (letters, inbox) = channel();
+        let letters = self.mailroom.letters.clone();
         let events = Arc::clone(&self.events);
         let builder = std::thread::Builder::new().name("administrator".into());
-        let thread = builder.spawn(move || self.work(&inbox))?;
+        let thread = builder.spawn(move || self.work())?;
         Ok(Admin {
             letters,
             thread,
@@ -91,8 +141,8 @@ impl Administrator {
         })
     }
 
-    fn work(mut self, inbox: &Receiver<Letter>) -> Registry {
-        while let Ok(letter) = inbox.recv() {
+    fn work(mut self) -> Registry {
+        while let Ok(letter) = self.mailroom.inbox.recv() {
             match letter {
                 Letter::Order(order, answer) => {
                     let outcome = match self.execute(order) {
@@ -102,6 +152,7 @@ impl Administrator {
                     // Whoever asked may have gone.
                     let _ = answer.send(outcome);
                 }
+                Letter::News(news) => self.hear(&news),
                 Letter::Stop => break,
             }
         }
@@ -113,6 +164,8 @@ impl Administrator {
             Order::SnapshotCreate(create) => self.create(&create),
             Order::SnapshotList(selection) => self.report_snapshots(&selection),
             Order::SnapshotRemove(remove) => self.remove(&remove),
+            Order::SnapshotMerge(merge) => self.merge(&merge),
+            Order::SnapshotCancel(cancel) => self.cancel(&cancel),
             Order::SnapshotRename(rename) => self.rename(&rename),
             Order::VolumeList => self.report_volumes(&|_| true),
             Order::VolumeAdd(add) => self.add_volume(&add),

@@ -44,6 +44,22 @@ pub(super) enum Refused {
     NotHeld(u64),
     #[error("{0}")]
     Keeper(String),
+    #[error(
+        "{0} is being merged, or will be: wait for the end of that ('nbdsnap snapshot status' shows how far it is)"
+    )]
+    Merging(SnapshotName),
+    #[error("{0} is transient: what is merged is a persistent store")]
+    MergeTransient(SnapshotName),
+    #[error("{0} cannot be merged: {1}")]
+    NotMergeable(SnapshotName, String),
+    #[error(
+        "{0} has clients attached ({1}), under which the disk would change: detach them first, or use --when-idle, which waits for that, or --force"
+    )]
+    MergeInUse(String, u64),
+    #[error(
+        "no merge of {0} waits: one that has begun cannot be called off, since the disk reads as the snapshot already"
+    )]
+    NoMergeWaits(SnapshotName),
     #[error("no client has the id {0}: 'nbdsnap clients' shows those there are")]
     NoClient(u64),
     #[error("there is a volume {0:?} already: give this one another name")]

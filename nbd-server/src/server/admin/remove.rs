@@ -13,7 +13,7 @@ use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
 use crate::disks::{shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
 use crate::server::keeper::Kept;
-use crate::server::registry::SnapshotEntry;
+use crate::server::registry::{MergeState, SnapshotEntry};
 
 /// Operations on a store that is given up end within this time.
 const LEAVE: Duration = Duration::from_secs(30);
@@ -31,6 +31,9 @@ impl Administrator {
             }
             kept.push(self.kept(name)?);
             let (_, _, entry) = self.find(name)?;
+            if entry.merge != MergeState::None {
+                return Err(Refused::Merging(name.clone()));
+            }
             if remove.delete_cow && entry.cow_is_block_device {
                 return Err(Refused::DeleteDevice(name.clone(), shown(&entry.cow)));
             }
@@ -89,7 +92,7 @@ impl Administrator {
     }
 
     /// Take a snapshot that is there out of the registry.
-    fn strike_out(&mut self, name: &SnapshotName) -> (usize, VolumeId, SnapshotEntry) {
+    pub(super) fn strike_out(&mut self, name: &SnapshotName) -> (usize, VolumeId, SnapshotEntry) {
         let volume = self
             .registry
             .volume_mut(&name.volume)
@@ -105,7 +108,11 @@ impl Administrator {
 }
 
 /// See to the file of a store that nobody uses any more.
-fn clean_up(name: &SnapshotName, entry: SnapshotEntry, delete: bool) -> Result<(), Refused> {
+pub(super) fn clean_up(
+    name: &SnapshotName,
+    entry: SnapshotEntry,
+    delete: bool,
+) -> Result<(), Refused> {
     let path = shown(&entry.cow);
     let done = if delete {
         delete_store(&entry)

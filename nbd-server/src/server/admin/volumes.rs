@@ -3,14 +3,16 @@
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use nbdsnap_engine::View;
+
 use super::Administrator;
 use super::create::log_notes;
 use super::refusal::Refused;
 use crate::control::protocol::{
-    Answer, EventKind, EventReport, StoreToServe, VolumeAdd, VolumeRemove,
+    Answer, EventKind, EventReport, SnapshotName, StoreToServe, VolumeAdd, VolumeRemove,
 };
 use crate::disks::{self, Opened, SnapshotRequest, VolumeRequest};
-use crate::io::{VolumeId, VolumeOrder};
+use crate::io::{ClientStatus, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::keeper::Kept;
 use crate::server::moving::{self, Moving};
@@ -55,10 +57,7 @@ impl Administrator {
         for one in &add.snapshots {
             if seen.contains(&one.snapshot.as_str()) {
                 let (volume, snapshot) = (add.name.clone(), one.snapshot.clone());
-                return Err(Refused::Twice(crate::control::protocol::SnapshotName {
-                    volume,
-                    snapshot,
-                }));
+                return Err(Refused::Twice(SnapshotName { volume, snapshot }));
             }
             seen.push(&one.snapshot);
         }
@@ -117,6 +116,12 @@ impl Administrator {
         let volume = self.registry.volume(name).ok_or_else(missing)?;
         let (id, shard) = (volume.id, volume.shard);
         let answer = self.report_volumes(&|one| one == name)?;
+        if let Some(merging) = volume.merging() {
+            return Err(Refused::Merging(SnapshotName {
+                volume: name.clone(),
+                snapshot: merging.name.clone(),
+            }));
+        }
         let clients = self.clients_of(id)?;
         if clients > 0 && !remove.force {
             return Err(Refused::InUse(name.clone(), clients));
@@ -150,10 +155,19 @@ impl Administrator {
 
     /// Clients attached to a volume or to one of its snapshots.
     fn clients_of(&self, volume: VolumeId) -> Result<u64, Refused> {
+        self.count_clients(|client| client.volume == volume)
+    }
+
+    /// Clients attached to a volume itself.
+    pub(super) fn origin_clients(&self, volume: VolumeId) -> Result<u64, Refused> {
+        self.count_clients(|client| client.volume == volume && client.view == View::Origin)
+    }
+
+    fn count_clients(&self, counts: impl Fn(&ClientStatus) -> bool) -> Result<u64, Refused> {
         let mut count = 0;
         for (number, shard) in self.shards.iter().enumerate() {
             let clients = self.wait(number, &shard.clients(), None)?;
-            count += clients.iter().filter(|one| one.volume == volume).count() as u64;
+            count += clients.iter().filter(|one| counts(one)).count() as u64;
         }
         Ok(count)
     }
