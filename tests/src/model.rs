@@ -94,6 +94,8 @@ pub struct Wrong {
 #[derive(Clone, Debug)]
 pub struct ViewModel {
     cells: Vec<Cell>,
+    /// When it was rolled back last.
+    rolled_back: Time,
 }
 
 impl ViewModel {
@@ -105,6 +107,7 @@ impl ViewModel {
         };
         Self {
             cells: (0..cells).map(cell).collect(),
+            rolled_back: 0,
         }
     }
 
@@ -174,15 +177,18 @@ impl ViewModel {
         now: Time,
         found: &[u8],
     ) -> Result<(), Wrong> {
+        // What a read saw before a rollback says nothing of what is there now.
+        let is_now = issued > self.rolled_back;
         self.compare(
             range,
             found,
             |candidate| candidate.replaced >= issued,
             |cell, stamp| {
-                if cell
-                    .candidates
-                    .iter()
-                    .all(|c| c.replaced < issued || c.answered < issued)
+                if is_now
+                    && cell
+                        .candidates
+                        .iter()
+                        .all(|c| c.replaced < issued || c.answered < issued)
                 {
                     cell.resolve(stamp, now);
                 }
@@ -246,6 +252,7 @@ impl ViewModel {
     /// here happen after that; those of `to` never do. What was shown before is
     /// gone for good: the order is durable, and so is what `to` shows.
     pub fn roll_back(&mut self, to: &Self, now: Time) {
+        self.rolled_back = now;
         for (cell, to) in self.cells.iter_mut().zip(&to.cells) {
             if cell.candidates.is_empty() {
                 if to.candidates.is_empty() && cell.settled == to.settled {

@@ -438,6 +438,16 @@ impl Volume {
         TaskId(self.tasks.insert(Task { work, waits: 0 }))
     }
 
+    /// A task that is about to be made to wait in several places, of which one may
+    /// wake it for another before all are done: it stays until [`Volume::unguard`].
+    fn guarded_task(&mut self, work: Work) -> TaskId {
+        TaskId(self.tasks.insert(Task { work, waits: 1 }))
+    }
+
+    fn unguard(&mut self, task: TaskId) {
+        self.tasks[task.0].waits -= 1;
+    }
+
     /// Whether the task has been made to wait for anything. If not, it is gone,
     /// and its work can go on at once.
     fn waits(&mut self, task: TaskId) -> bool {

@@ -19,19 +19,12 @@ impl Volume {
         let mutation = self.mutation(request);
         let (start, end) = mutation.window;
         let is_trim = matches!(mutation.effect, Effect::Trim);
-        let task = self.new_task(Work::Mutation(request));
+        if !is_trim && self.takes_no_writes(start, end) {
+            self.requests[request].failure = Some(Failure::Io);
+            return self.window_ended(request);
+        }
+        let task = self.guarded_task(Work::Mutation(request));
         if !is_trim {
-            if self.snapshots.iter().any(|s| s.state == State::Unmarked) {
-                self.tasks.remove(task.0);
-                self.requests[request].failure = Some(Failure::Io);
-                return self.window_ended(request);
-            }
-            let merge = self.merge.as_ref();
-            if merge.is_some_and(|merge| merge.is_doubtful(start, end)) {
-                self.tasks.remove(task.0);
-                self.requests[request].failure = Some(Failure::Io);
-                return self.window_ended(request);
-            }
             self.wait_for_merge_window(start, end, task);
             for extent in self.direct_parts(start, end) {
                 let (start, end) = (extent.offset, extent.offset + extent.len);
@@ -40,6 +33,7 @@ impl Volume {
                 }
             }
         }
+        self.unguard(task);
         if self.tasks[task.0].waits == 0 && self.law.reads_before_origin() {
             // Snapshot reads that begin from now on find the copies, so nobody
             // can come in between for ever.
@@ -49,6 +43,14 @@ impl Volume {
         if !self.waits(task) && (begun || self.may_begin(request)) {
             self.issue_origin_window(request);
         }
+    }
+
+    /// A write of `start..end` would let a lost snapshot come back as if it were
+    /// whole, or would not be found again after a crash.
+    fn takes_no_writes(&self, start: u64, end: u64) -> bool {
+        let merge = self.merge.as_ref();
+        self.snapshots.iter().any(|s| s.state == State::Unmarked)
+            || merge.is_some_and(|merge| merge.is_doubtful(start, end))
     }
 
     /// The parts of `start..end` that lie in the origin itself: all of it, unless

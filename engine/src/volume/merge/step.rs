@@ -155,12 +155,13 @@ impl Volume {
             return self.merge_failed("a lost snapshot of the origin could not be marked so");
         }
         let ranges = step.ranges.clone();
-        let task = self.new_task(Work::MergeStep);
+        let task = self.guarded_task(Work::MergeStep);
         for &(start, end) in &ranges {
             for index in 0..self.snapshots.len() {
                 self.copy_before_merge(index, start, end, task);
             }
         }
+        self.unguard(task);
         if self.law.writes_before_merge() {
             let writes = &mut self.merge_mut().writes;
             let waits: u32 = (ranges.iter())

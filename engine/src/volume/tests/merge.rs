@@ -278,3 +278,60 @@ fn around_the_queue_lies_what_no_step_is_copying() {
     assert_eq!(write(&mut rig.volume, 9 * 1024), Now::Queue);
     assert_eq!(write(&mut rig.volume, 3 * 1024), Now::Go);
 }
+
+/// Found by the crash search: a snapshot that was lost in the middle of a step's
+/// preparations woke the step while it was still being told what to wait for.
+#[test]
+fn a_snapshot_that_fills_while_a_step_is_prepared_is_lost_and_the_merge_goes_on() {
+    for (kind, room) in [(StoreKind::Transient, 2), (StoreKind::Persistent, 4)] {
+        let stores = [(StoreKind::Persistent, 2, 60, 60), (kind, 2, room, room)];
+        let mut rig = Rig::new(&stores, 1);
+        for chunk in [3, 6, 9, 12] {
+            rig.write_bytes(View::Snapshot(SnapshotId(0)), chunk * 1024, 1, 1024);
+        }
+        rig.settle();
+        rig.volume.begin_merge(SnapshotId(0)).unwrap();
+        rig.settle();
+        let events = rig.events();
+        assert!(matches!(
+            events[..],
+            [
+                Event::MergeBegun(_),
+                Event::Invalid(SECOND, _),
+                Event::Merged(_)
+            ]
+        ));
+        for chunk in [3, 6, 9, 12] {
+            assert_eq!(rig.devices[0].0[chunk * 1024], 1);
+        }
+    }
+}
+
+/// The same for a write that lies partly in the store.
+#[test]
+fn a_snapshot_that_fills_under_a_write_to_both_devices_is_lost_and_the_write_goes_on() {
+    let stores = [
+        (StoreKind::Persistent, 2, 60, 60),
+        (StoreKind::Transient, 2, 2, 2),
+    ];
+    let mut rig = Rig::new(&stores, 1);
+    for chunk in [3, 6, 9] {
+        rig.write_bytes(View::Snapshot(SnapshotId(0)), chunk * 1024, 1, 1024);
+    }
+    rig.volume.suspend_merge();
+    rig.settle();
+    rig.volume.begin_merge(SnapshotId(0)).unwrap();
+    rig.settle();
+    rig.replies.clear();
+    rig.write_bytes(View::Origin, 2 * 1024, 2, 9 * 1024);
+    rig.settle();
+    assert_eq!(rig.replies.len(), 1);
+    let expected = [
+        vec![7; 2048],
+        vec![2; 9 * 1024],
+        vec![7; ORIGIN as usize - 11 * 1024],
+    ];
+    assert!(rig.read_all(View::Origin).unwrap() == expected.concat());
+    let lost = Event::Invalid(SECOND, "its store is full");
+    assert_eq!(rig.events(), [Event::MergeBegun(SnapshotId(0)), lost]);
+}
