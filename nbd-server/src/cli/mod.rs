@@ -6,8 +6,10 @@
 mod clients;
 mod demo;
 mod events;
+mod freeze;
 mod listen;
 mod log;
+mod merge;
 mod orders;
 mod pages;
 mod serve;
@@ -188,7 +190,7 @@ mod tests {
     #[test]
     fn refusals_are_one_line() {
         for args in [
-            vec!["nbdsnap", "serve"],
+            vec!["nbdsnap", "snapshot", "create", "d"],
             vec!["nbdsnap", "serve", "d", "--no-such"],
             vec!["nbdsnap", "serve", "d", "--snapshot", "d@s"],
             vec!["nbdsnap", "serve", "d", "--listen", "nowhere"],

@@ -18,6 +18,7 @@ use clap::{Args, ValueHint};
 use super::Failure;
 use super::listen::{self, Bound};
 use super::spec::{self, DiskSpec, SnapshotSpec};
+use crate::control;
 use crate::disks::{self, Note, Opened, Taken, VolumeRequest};
 use crate::nbd::uri::ListenAddr;
 use crate::server;
@@ -35,13 +36,13 @@ use crate::server::setup::{Listener, OpenVolume, Setup};
 #[derive(Debug, Args)]
 #[command(after_long_help = MORE)]
 pub(super) struct ServeArgs {
-    /// A disk image or block device.
+    /// A disk image or block device; there may be none, as long as orders are taken.
     ///
     /// NAME is the export's name; without it, the file's name less its last
     /// extension. What stands before the first '=' is a NAME unless it contains a
     /// '/': write './a=b.img' for a path with '='. A name may hold anything but
     /// '/', '@', '=' and control characters, up to 255 bytes.
-    #[arg(value_name = "[NAME=]DISK", required = true, value_hint = ValueHint::FilePath, value_parser = disk_parser())]
+    #[arg(value_name = "[NAME=]DISK", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
     disks: Vec<DiskSpec>,
 
     /// Serve a snapshot of a disk, kept in the COW store COW.
@@ -70,7 +71,9 @@ pub(super) struct ServeArgs {
 
     /// Take orders on the Unix socket PATH, which is made with mode 0600.
     ///
-    /// 'nbdsnap snapshot' and 'nbdsnap volume' give them.
+    /// 'nbdsnap snapshot', 'volume', 'clients' and 'events' give them. A server that
+    /// starts without any disk takes them at nbdsnap.control in XDG_RUNTIME_DIR, or
+    /// in /run for root, unless PATH is given.
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     control: Option<PathBuf>,
 
@@ -80,6 +83,14 @@ pub(super) struct ServeArgs {
     /// are cores, and no more than there are volumes.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+
+    /// Run a command for every event, by the shell, one after the other.
+    ///
+    /// It finds the event in NBDSNAP_EVENT (as 'nbdsnap events' writes it),
+    /// NBDSNAP_SEQUENCE, _AT, _VOLUME, _SNAPSHOT, _PERCENT, _CLIENT and _MESSAGE.
+    /// The server does not wait for it; one that takes more than a minute is killed.
+    #[arg(long, value_name = "CMD")]
+    on_event: Option<String>,
 }
 
 const MORE: &str = "\
@@ -165,7 +176,14 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         read_only,
         control,
         threads,
+        on_event,
     } = args;
+    let control = match control {
+        None if disks.is_empty() => Some(control::default_path().ok_or_else(|| {
+            Failure::Usage("without a DISK a server is of use only if it takes orders: name a socket with --control".into())
+        })?),
+        control => control,
+    };
     let volumes = spec::assemble(disks, snapshots, read_only).map_err(Failure::usage)?;
     let threads = threads.map_or_else(|| default_threads(volumes.len()), usize::from);
     let ready = make_ready(
@@ -174,7 +192,8 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         control.map(ListenAddr::Unix).as_ref(),
         threads,
     )?;
-    let Ready { setup, lines } = ready;
+    let Ready { mut setup, lines } = ready;
+    setup.on_event = on_event;
     let paths = socket_paths(&setup);
     let mut served = false;
     let ended = server::run(setup, |_| {
@@ -270,6 +289,7 @@ fn lines(volumes: &[OpenVolume], addresses: &[ListenAddr]) -> Vec<String> {
 /// Print the lines at once. Whoever started the server may not be listening.
 fn announce(lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(format!("{}\n", lines.join("\n")).as_bytes());
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    let _ = out.write_all(text.as_bytes());
     let _ = out.flush();
 }

@@ -249,7 +249,11 @@ pub(super) fn assemble(
             return Err(SpecError::NoVolume {
                 volume: snapshot.volume,
                 name: snapshot.name,
-                known: format!("there is {}", known.join(", ")),
+                known: if known.is_empty() {
+                    "there are none".into()
+                } else {
+                    format!("there is {}", known.join(", "))
+                },
             });
         };
         if let Some(first) = volume
