@@ -43,6 +43,11 @@ impl Ranges {
         id
     }
 
+    /// Nothing is in the set.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.by_start.is_empty()
+    }
+
     fn candidates(&self, start: u64, end: u64) -> std::ops::Range<RangeId> {
         let first = start.saturating_sub(self.longest);
         RangeId {

@@ -40,6 +40,18 @@ pub enum Mutant {
     FlushJoinsRunning,
     /// A snapshot is said to be removed while operations on its store are in flight.
     RemovedBeforeItsEnd,
+    /// A merge takes exceptions off the list before the origin's chunks are durable.
+    MergeCommitEarly,
+    /// A merge overwrites the origin before the other snapshots' exceptions are durable.
+    MergeSiblingsUncopied,
+    /// Writes to the chunks that a merge is copying go through.
+    MergeWindowOpen,
+    /// A merge copies chunks while writes to them are on their way to the store.
+    MergeWritesNotDrained,
+    /// Writes to merged chunks go to the origin before the store durably lacks them.
+    MergeReleasedEarly,
+    /// A FLUSH of an origin that is being merged leaves the store out.
+    MergeFlushOneDevice,
 }
 
 /// Which rules hold. All of them, but for one in a mutant.
@@ -126,6 +138,37 @@ impl Law {
     /// next would find it written to.
     pub(crate) fn drain_before_removed(self) -> bool {
         self.holds(Mutant::RemovedBeforeItsEnd)
+    }
+
+    /// What a merge copied to the origin is durable before the list lacks it.
+    pub(crate) fn origin_before_merged(self) -> bool {
+        self.holds(Mutant::MergeCommitEarly)
+    }
+
+    /// A merge is an origin write: the other snapshots have their durable copies first.
+    pub(crate) fn siblings_before_merge(self) -> bool {
+        self.holds(Mutant::MergeSiblingsUncopied)
+    }
+
+    /// Writes to the chunks of a merge's step wait for its end.
+    pub(crate) fn window_closed(self) -> bool {
+        self.holds(Mutant::MergeWindowOpen)
+    }
+
+    /// Writes that are on their way to a chunk of the store end before it is merged.
+    pub(crate) fn writes_before_merge(self) -> bool {
+        self.holds(Mutant::MergeWritesNotDrained)
+    }
+
+    /// That the list lacks a merged chunk is durable before writes to it go to
+    /// the origin: else the chunk would be merged over them once more.
+    pub(crate) fn merged_before_released(self) -> bool {
+        self.holds(Mutant::MergeReleasedEarly)
+    }
+
+    /// While a merge runs, an origin's content lies on two devices.
+    pub(crate) fn flush_both_devices(self) -> bool {
+        self.holds(Mutant::MergeFlushOneDevice)
     }
 
     /// A FLUSH is answered by a flush that began after it came.

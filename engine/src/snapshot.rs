@@ -87,7 +87,7 @@ pub(crate) struct Snapshot {
     pub(crate) header: InvalidHeader,
     /// Requests that the running flush of the store will end.
     pub(crate) flushing: Vec<RequestKey>,
-    layout: Layout,
+    pub(crate) layout: Layout,
 }
 
 impl Snapshot {
@@ -171,41 +171,8 @@ impl Snapshot {
         if !self.is_readable() {
             return Err(Failure::Io);
         }
-        let mut at = start;
-        while at < end {
-            let chunk = self.chunk_size.origin_chunk(at);
-            let limit = self.chunks(at, end).count() as u64;
-            let into = at - self.chunk_size.origin_offset(chunk);
-            let (device, offset, chunks) = match self.table.run_at(chunk, limit) {
-                Run::Mapped { first, len } => (
-                    Device::Cow(self.id),
-                    self.chunk_size.cow_offset(first) + into,
-                    len,
-                ),
-                Run::Unmapped { len } => (Device::Origin, at, len),
-            };
-            let run_end = self
-                .chunk_size
-                .origin_offset(OriginChunk(chunk.0 + chunks))
-                .min(end);
-            let len = run_end - at;
-            at = run_end;
-            if let Some(last) = extents.last_mut()
-                && last.device == device
-                && last.offset + last.len == offset
-            {
-                last.len += len;
-                continue;
-            }
-            if extents.len() == max {
-                break;
-            }
-            extents.push(Extent {
-                device,
-                offset,
-                len,
-            });
-        }
+        let cow = Device::Cow(self.id);
+        resolve(&self.table, self.chunk_size, cow, start..end, max, extents);
         Ok(())
     }
 
@@ -292,6 +259,46 @@ impl Snapshot {
         self.until_durable
             .last_key_value()
             .map_or(0, |(&slot, _)| slot + 1)
+    }
+}
+
+/// Append where `bytes` of the origin lie according to `table`, in order, until
+/// there are `max` extents: on `cow`, or still in the origin.
+pub(crate) fn resolve(
+    table: &ExceptionTable,
+    size: ChunkSize,
+    cow: Device,
+    bytes: std::ops::Range<u64>,
+    max: usize,
+    extents: &mut Vec<Extent>,
+) {
+    let mut at = bytes.start;
+    while at < bytes.end {
+        let chunk = size.origin_chunk(at);
+        let limit = size.origin_chunk(bytes.end - 1).0 + 1 - chunk.0;
+        let into = at - size.origin_offset(chunk);
+        let (device, offset, chunks) = match table.run_at(chunk, limit) {
+            Run::Mapped { first, len } => (cow, size.cow_offset(first) + into, len),
+            Run::Unmapped { len } => (Device::Origin, at, len),
+        };
+        let run_end = (size.origin_offset(OriginChunk(chunk.0 + chunks))).min(bytes.end);
+        let len = run_end - at;
+        at = run_end;
+        if let Some(last) = extents.last_mut()
+            && last.device == device
+            && last.offset + last.len == offset
+        {
+            last.len += len;
+            continue;
+        }
+        if extents.len() == max {
+            break;
+        }
+        extents.push(Extent {
+            device,
+            offset,
+            len,
+        });
     }
 }
 

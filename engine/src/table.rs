@@ -105,6 +105,25 @@ impl ExceptionTable {
         }
         self.runs.insert(old.0, Packed::new(new, 1));
     }
+
+    /// Take out the exception of a chunk that has one.
+    pub(crate) fn remove(&mut self, old: OriginChunk) {
+        let found = self.runs.range(..=old.0).next_back();
+        let (&start, &run) = found.expect("the chunk has a copy");
+        let into = old.0 - start;
+        assert!(into < run.len(), "the chunk has a copy");
+        self.count -= 1;
+        self.runs.remove(&start);
+        if into > 0 {
+            let before = Packed::new(CowChunk(run.first()), into);
+            self.runs.insert(start, before);
+        }
+        let after = run.len() - into - 1;
+        if after > 0 {
+            let first = CowChunk(run.first() + into + 1);
+            self.runs.insert(old.0 + 1, Packed::new(first, after));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -115,13 +134,18 @@ mod tests {
     proptest! {
         /// The table answers as a plain map does, for every chunk and every run.
         #[test]
-        fn table_is_a_map(pairs in proptest::collection::btree_map(0u64..600, 0u64..1 << 50, 0..300), dense: bool) {
+        fn table_is_a_map(pairs in proptest::collection::btree_map(0u64..600, 0u64..1 << 50, 0..300), dense: bool, removed in proptest::collection::vec(0u64..600, 0..200)) {
             let mut table = ExceptionTable::default();
             let mut model = BTreeMap::new();
             for (i, (old, new)) in pairs.into_iter().enumerate() {
                 let new = if dense { i as u64 + 2 } else { new };
                 table.insert(OriginChunk(old), CowChunk(new));
                 model.insert(old, new);
+            }
+            for old in removed {
+                if model.remove(&old).is_some() {
+                    table.remove(OriginChunk(old));
+                }
             }
             prop_assert_eq!(table.len(), model.len() as u64);
             for old in 0..610 {

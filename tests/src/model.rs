@@ -94,6 +94,8 @@ pub struct Wrong {
 #[derive(Clone, Debug)]
 pub struct ViewModel {
     cells: Vec<Cell>,
+    /// When it was rolled back last.
+    rolled_back: Time,
 }
 
 impl ViewModel {
@@ -105,6 +107,7 @@ impl ViewModel {
         };
         Self {
             cells: (0..cells).map(cell).collect(),
+            rolled_back: 0,
         }
     }
 
@@ -174,15 +177,18 @@ impl ViewModel {
         now: Time,
         found: &[u8],
     ) -> Result<(), Wrong> {
+        // What a read saw before a rollback says nothing of what is there now.
+        let is_now = issued > self.rolled_back;
         self.compare(
             range,
             found,
             |candidate| candidate.replaced >= issued,
             |cell, stamp| {
-                if cell
-                    .candidates
-                    .iter()
-                    .all(|c| c.replaced < issued || c.answered < issued)
+                if is_now
+                    && cell
+                        .candidates
+                        .iter()
+                        .all(|c| c.replaced < issued || c.answered < issued)
                 {
                     cell.resolve(stamp, now);
                 }
@@ -240,6 +246,37 @@ impl ViewModel {
         }
         frozen.check_after(Crash::Power, now, origin)?;
         Ok(frozen)
+    }
+
+    /// From now on the view shows what `to` shows. Writes that are unanswered
+    /// here happen after that; those of `to` never do. What was shown before is
+    /// gone for good: the order is durable, and so is what `to` shows.
+    pub fn roll_back(&mut self, to: &Self, now: Time) {
+        self.rolled_back = now;
+        for (cell, to) in self.cells.iter_mut().zip(&to.cells) {
+            if cell.candidates.is_empty() {
+                if to.candidates.is_empty() && cell.settled == to.settled {
+                    continue;
+                }
+                cell.candidates.push(Candidate::settled(cell.settled));
+            }
+            for candidate in &mut cell.candidates {
+                if candidate.answered != NEVER {
+                    candidate.replaced = candidate.replaced.min(now);
+                    candidate.gone = true;
+                }
+            }
+            if to.candidates.is_empty() {
+                cell.candidates.push(Candidate::settled(to.settled));
+            }
+            let shown = to.candidates.iter();
+            let shown = shown.filter(|c| c.answered != NEVER && c.replaced == NEVER && !c.gone);
+            cell.candidates.extend(shown.map(|c| Candidate {
+                issued: 0,
+                answered: 0,
+                ..*c
+            }));
+        }
     }
 
     /// How much of an unanswered write the frozen view shows: a snapshot has all
@@ -460,6 +497,27 @@ mod tests {
         view.end_write(CELL, 10, 12, End::Durable, true);
         assert!(reads(&mut view, 11, 13, 1) && reads(&mut view, 11, 13, 2));
         assert!(!reads(&mut view, 13, 14, 1));
+    }
+
+    #[test]
+    fn a_view_that_is_rolled_back_shows_the_other_and_what_is_held() {
+        let mut view = view();
+        view.begin_write(CELL, 2, 10);
+        view.end_write(CELL, 10, 11, End::Done, true);
+        view.begin_write(CELL, 3, 12);
+        let mut to = self::view();
+        to.begin_write(CELL, 4, 13);
+        to.end_write(CELL, 13, 14, End::Done, true);
+        to.begin_write(CELL, 5, 14);
+        view.roll_back(&to, 15);
+        let may: Vec<_> = (1..6)
+            .filter(|&s| reads(&mut view.clone(), 16, 17, s))
+            .collect();
+        assert_eq!(may, [3, 4]);
+        assert!(reads(&mut view.clone(), 14, 17, 2), "it began before");
+        assert!(!shows(&view, Crash::Power, 2) && shows(&view, Crash::Power, 4));
+        view.end_write(CELL, 12, 18, End::Done, true);
+        assert!(!reads(&mut view.clone(), 19, 20, 4) && reads(&mut view, 19, 20, 3));
     }
 
     #[test]

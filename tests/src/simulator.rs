@@ -7,6 +7,7 @@
 //! seed always plays the same run.
 
 pub mod ledger;
+mod merging;
 mod operations;
 mod recovery;
 mod requests;
@@ -160,10 +161,14 @@ impl Checks {
 
     /// The last process: everything is quiet, and closes.
     fn finish(mut session: Session<'_>) -> Result<(), Violation> {
+        session.resume_merge();
         let cells = session.world.all_cells();
         session.hand_in(None, cells, Ask::Read)?;
         session.settle()?;
         session.close()?;
+        if session.world.merging.is_some() {
+            return Err(Violation("a merge without errors did not end".into()));
+        }
         if session.closed != Some(true) {
             return Err(Violation("the last close failed".into()));
         }
@@ -173,7 +178,7 @@ impl Checks {
     /// Open what a crash left behind and compare it. `None` if the power failed meanwhile.
     fn recover(self, world: &mut World, crash: Crash) -> Result<Option<Session<'_>>, Violation> {
         world.set_faults(Faults::default());
-        if crash == Crash::Power {
+        if crash == Crash::Power && world.merging.is_none() {
             world.check_origin_disk(crash)?;
         }
         if world.rng.chance(1, 8) {
@@ -220,6 +225,9 @@ impl Checks {
         }
         session.compare_views(crash)?;
         session.compare_status()?;
+        if session.world.rng.chance(7, 8) {
+            session.resume_merge();
+        }
         Ok(Some(session))
     }
 
@@ -227,7 +235,7 @@ impl Checks {
     fn look_without_writing(self, world: &mut World, crash: Crash) -> Result<(), Violation> {
         let mut stores = Vec::new();
         for index in 0..world.slots.len() {
-            if !world.slots[index].is_attached() {
+            if !world.slots[index].is_attached() && world.slots[index].phase != Phase::Merging {
                 continue;
             }
             match world.open_store(index, Access::ReadOnly, self, None)? {
@@ -299,7 +307,10 @@ impl Session<'_> {
                 Some((Phase::Active | Phase::Overflowed, Some(_))) | None => {}
                 _ => continue,
             }
-            let lossy = slot.map_or(self.world.lossy, |i| self.world.slots[i].lossy);
+            let merged = self.world.merged_slot();
+            let origin_lossy =
+                self.world.lossy || merged.is_some_and(|i| self.world.slots[i].lossy);
+            let lossy = slot.map_or(origin_lossy, |i| self.world.slots[i].lossy);
             let crash = if lossy && crash == Crash::Kill {
                 Crash::KillAfterError
             } else {

@@ -89,6 +89,10 @@ pub struct Plan {
     pub tears: u64,
     /// Of 8: how many processes begin with a write over many chunks.
     pub storms: u64,
+    /// Of 64: how many steps order a merge, or meddle with one.
+    pub merges: u64,
+    /// Bytes that a merge copies in a step.
+    pub merge_step: u64,
     /// What fails while there is traffic.
     pub faults: Faults,
     /// What requests are like.
@@ -244,6 +248,8 @@ impl Plan {
             } else {
                 [0, 1][rng.index(2)]
             },
+            merges: [0, 0, 1, 4][rng.index(4)],
+            merge_step: [512, 2048, 8192, 1 << 20][rng.index(4)],
             faults,
             temper,
         }

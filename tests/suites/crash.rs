@@ -204,6 +204,12 @@ mutants! {
     mutant_reads_not_drained_is_found ReadsNotDrained,
     mutant_trim_of_the_uncopied_is_found TrimUncopied,
     mutant_flush_that_joins_a_running_one_is_found FlushJoinsRunning,
+    mutant_merge_that_commits_early_is_found MergeCommitEarly,
+    mutant_merge_that_leaves_siblings_uncopied_is_found MergeSiblingsUncopied,
+    mutant_merge_with_an_open_window_is_found MergeWindowOpen,
+    mutant_merge_that_overtakes_writes_is_found MergeWritesNotDrained,
+    mutant_merge_that_releases_early_is_found MergeReleasedEarly,
+    mutant_merge_with_a_flush_of_one_device_is_found MergeFlushOneDevice,
 }
 
 /// Seeds that found something once. The sentence is what must not come back.

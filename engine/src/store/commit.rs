@@ -177,6 +177,11 @@ impl Commit {
         self.queue.is_empty() && self.can_flush()
     }
 
+    /// Every exception that was allocated is durable, and nothing is under way.
+    pub(crate) fn is_durable(&self) -> bool {
+        self.is_settled() && self.durable == self.committed
+    }
+
     /// The area to zero now, because the current one is about to fill.
     pub(crate) fn poll_zeros(&mut self) -> Option<u64> {
         if !self.law.zeros_before_full_area() {

@@ -5,6 +5,7 @@ mod allocate;
 mod commit;
 mod create;
 mod open;
+mod unwind;
 
 use std::fmt;
 
@@ -17,6 +18,7 @@ use crate::table::ExceptionTable;
 
 pub(crate) use allocate::{Allocation, Allocator, Growth, NoRoom};
 pub(crate) use commit::{AreaWrite, Commit};
+pub(crate) use unwind::{Tail, Unwind};
 
 /// Where exceptions live and what happens when a snapshot write finds no space;
 /// dm-snapshot's table letters in brackets.
@@ -241,6 +243,8 @@ pub enum Status {
     Overflow,
     /// The snapshot is lost.
     Invalid,
+    /// Its merge into the origin met an error, and has stopped.
+    MergeFailed,
 }
 
 impl fmt::Display for Status {
@@ -253,6 +257,7 @@ impl fmt::Display for Status {
             } => write!(f, "{allocated}/{total} {metadata}"),
             Self::Overflow => f.write_str("Overflow"),
             Self::Invalid => f.write_str("Invalid"),
+            Self::MergeFailed => f.write_str("Merge failed"),
         }
     }
 }

@@ -22,7 +22,10 @@ impl Volume {
     }
 
     /// Take a request in.
-    fn admit(&mut self, request: Request) {
+    pub(super) fn admit(&mut self, request: Request) {
+        let Some(request) = self.hold_for_merge(request) else {
+            return;
+        };
         let Request { id, view, command } = request;
         if let Err(failure) = self.check_view(view) {
             return self.reply(id, Err(failure));
@@ -86,6 +89,10 @@ impl Volume {
             failure: None,
         });
         for (index, extent) in extents.into_iter().enumerate() {
+            if view == View::Origin && extent.device != Device::Origin {
+                self.begin_merged_read(request, index, extent);
+                continue;
+            }
             let Extent {
                 device,
                 offset,
@@ -187,6 +194,7 @@ impl Volume {
     /// Zeroing the range would need neither a copy nor a write of zeros.
     fn is_fast(&self, view: View, start: u64, end: u64) -> bool {
         view == View::Origin
+            && (self.merge.as_ref()).is_none_or(|merge| merge.leaves_alone(start, end))
             && self.snapshots.iter().all(|s| match s.state {
                 State::Creating | State::Invalid | State::Removing => true,
                 State::Active | State::Overflowed => s.is_durable(start, end, self.law),

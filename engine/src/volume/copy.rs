@@ -7,6 +7,7 @@ use bytes::Bytes;
 use nbdsnap_format::OriginChunk;
 
 use super::active::Effect;
+use super::merge::PieceKey;
 use super::task::{TaskId, Work};
 use super::{Purpose, Volume};
 use crate::disk::{Action, Device, DiskError, Outcome};
@@ -49,7 +50,16 @@ pub(crate) struct CopyMemory {
     limit: u64,
     used: u64,
     /// Copies that found no room, in order, with what they need.
-    waiting: VecDeque<(TaskId, JobKey, u64)>,
+    waiting: VecDeque<(TaskId, Holder, u64)>,
+}
+
+/// What holds some of the copies' memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Holder {
+    /// The piece of a copy.
+    Job(JobKey),
+    /// A piece of a merge's step.
+    Piece(PieceKey),
 }
 
 impl CopyMemory {
@@ -134,13 +144,10 @@ impl Volume {
         }
         let len = end - start;
         if job.held == 0 {
-            if !self.memory.waiting.is_empty() || !self.memory.has_room(len) {
-                let task = self.new_task(Work::Copy(key));
-                self.tasks[task.0].waits = 1;
-                return self.memory.waiting.push_back((task, key, len));
+            if !self.hold_memory(Work::Copy(key), Holder::Job(key), len) {
+                return;
             }
-            self.memory.used += len;
-            job.held = len;
+            self.jobs[key].held = len;
         }
         self.emit(
             Device::Origin,
@@ -245,16 +252,38 @@ impl Volume {
     /// Give the piece's memory back, and let as many copies go on as may fit.
     fn release_memory(&mut self, key: JobKey) {
         let held = std::mem::take(&mut self.jobs[key].held);
-        if held == 0 {
-            return;
+        if held > 0 {
+            self.free_memory(held);
         }
+    }
+
+    /// Take `len` bytes of the copies' memory, or make the work wait for them:
+    /// when it is done, `holder` has them.
+    pub(super) fn hold_memory(&mut self, work: Work, holder: Holder, len: u64) -> bool {
+        if self.memory.waiting.is_empty() && self.memory.has_room(len) {
+            self.memory.used += len;
+            return true;
+        }
+        let task = self.new_task(work);
+        self.tasks[task.0].waits = 1;
+        self.memory.waiting.push_back((task, holder, len));
+        false
+    }
+
+    pub(super) fn free_memory(&mut self, held: u64) {
         self.memory.used -= held;
-        while let Some(&(task, waiting, len)) = self.memory.waiting.front()
+        while let Some(&(task, holder, len)) = self.memory.waiting.front()
             && self.memory.has_room(len)
         {
             self.memory.waiting.pop_front();
             self.memory.used += len;
-            self.jobs[waiting].held = len;
+            match holder {
+                Holder::Job(job) => self.jobs[job].held = len,
+                Holder::Piece(piece) => {
+                    let merge = self.merge.as_mut().expect("it waits for its pieces");
+                    merge.pieces[piece].held = len;
+                }
+            }
             self.wake([task]);
         }
     }

@@ -34,6 +34,19 @@ impl Volume {
             }
             Purpose::CopyRead(job) => self.copy_read_ended(job, outcome),
             Purpose::CopyWrite(job) => self.copy_write_ended(job, result),
+            Purpose::MergedRead { request, index } => {
+                self.merged_read_ended();
+                self.client_read_ended(request, index, None, outcome);
+            }
+            Purpose::MergedWrite { request, range } => {
+                self.merged_write_ended(range);
+                self.part_ended(request, result.map_err(|_| Failure::Io));
+            }
+            Purpose::MergeTail => self.merge_tail_read(outcome),
+            Purpose::PieceRead(piece) => self.piece_read(piece, outcome),
+            Purpose::PieceWrite(piece) => self.piece_written(piece, result.is_ok()),
+            Purpose::MergeEntries => self.merge_entries_written(result.is_ok()),
+            Purpose::MergeFlush => self.merge_flush_ended(result.is_ok()),
             Purpose::OriginFlush => self.origin_flush_ended(result.is_ok()),
             Purpose::CloseFlush => self.close_flush_ended(result.is_ok()),
             Purpose::AreaWrite(id)

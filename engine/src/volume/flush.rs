@@ -16,9 +16,11 @@ pub(crate) enum Waiter {
     Request(RequestKey),
     /// The instant of snapshots.
     Instant(InstantId),
+    /// The step of a merge.
+    Merge,
 }
 
-/// The flushes of the origin.
+/// The flushes of a device: the origin, or a store that is merged into it.
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
     /// The next flush is theirs.
@@ -30,11 +32,53 @@ pub(crate) struct Lane {
     failed: bool,
 }
 
+/// What a lane does next.
+pub(super) enum Next {
+    /// Nobody waits for a flush, or one is running.
+    Nothing,
+    /// Begin a flush.
+    Flush,
+    /// Answer these: no flush could be trusted any more.
+    Refuse(Vec<Waiter>),
+}
+
+impl Lane {
+    /// Nobody waits for a flush, and none is running.
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_none()
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Turn to those who wait, if it is time.
+    pub(super) fn next(&mut self) -> Next {
+        if self.waiting.is_empty() || self.running.is_some() {
+            return Next::Nothing;
+        }
+        let waiters = std::mem::take(&mut self.waiting);
+        if self.failed {
+            return Next::Refuse(waiters);
+        }
+        self.running = Some(waiters);
+        Next::Flush
+    }
+
+    /// The flush that is running has ended: for whom.
+    pub(super) fn ended(&mut self, ok: bool) -> Vec<Waiter> {
+        self.failed |= !ok;
+        self.running.take().expect("a flush is running")
+    }
+}
+
 impl Volume {
     /// Have the device of the request's view flushed, then answer it.
     pub(super) fn flush_for(&mut self, request: RequestKey) {
         match self.requests[request].view {
             View::Origin => {
+                let devices = 1 + u32::from(self.flush_merge_for(request));
+                self.requests[request].parts = devices;
                 let lane = &mut self.origin_flush;
                 match &mut lane.running {
                     Some(running) if !self.law.flush_begins_after() => {
@@ -133,32 +177,38 @@ impl Volume {
     }
 
     pub(super) fn begin_origin_flush(&mut self) {
-        let lane = &mut self.origin_flush;
-        if lane.waiting.is_empty() || lane.running.is_some() {
-            return;
+        match self.origin_flush.next() {
+            Next::Nothing => {}
+            Next::Flush => self.emit(Device::Origin, Action::Flush, Purpose::OriginFlush),
+            Next::Refuse(waiters) => self.flushed(waiters, false),
         }
-        let waiters = std::mem::take(&mut lane.waiting);
-        if lane.failed {
-            return self.origin_flushed(waiters, false);
-        }
-        lane.running = Some(waiters);
-        self.emit(Device::Origin, Action::Flush, Purpose::OriginFlush);
     }
 
     pub(super) fn origin_flush_ended(&mut self, ok: bool) {
-        let lane = &mut self.origin_flush;
-        let waiters = lane.running.take().expect("a flush is running");
-        lane.failed |= !ok;
-        self.origin_flushed(waiters, ok);
+        let waiters = self.origin_flush.ended(ok);
+        self.flushed(waiters, ok);
     }
 
-    fn origin_flushed(&mut self, waiters: Vec<Waiter>, ok: bool) {
+    /// A flush that these waited for has ended.
+    pub(super) fn flushed(&mut self, waiters: Vec<Waiter>, ok: bool) {
         for waiter in waiters {
             match waiter {
-                Waiter::Request(request) if ok => self.finish(request),
-                Waiter::Request(request) => self.fail_all([request]),
+                Waiter::Request(request) => self.device_flushed(request, ok),
                 Waiter::Instant(id) => self.instant_flushed(id, ok),
+                Waiter::Merge => self.merge_flushed(ok),
             }
+        }
+    }
+
+    /// One of the devices that the request wants flushed has been.
+    fn device_flushed(&mut self, request: RequestKey, ok: bool) {
+        let active = &mut self.requests[request];
+        if !ok {
+            active.failure = Some(Failure::Io);
+        }
+        active.parts -= 1;
+        if active.parts == 0 {
+            self.finish(request);
         }
     }
 

@@ -112,6 +112,10 @@ impl Volume {
         stores: Vec<Store>,
         taking: Taking,
     ) -> (InstantId, Vec<SnapshotId>) {
+        assert!(
+            self.merging().is_none(),
+            "no snapshot is taken of an origin that is merging"
+        );
         let mut snapshots = Vec::with_capacity(stores.len());
         for store in stores {
             assert!(!store.invalid, "a snapshot is taken into a good store");
@@ -273,7 +277,7 @@ impl Volume {
     }
 
     /// The origin is held no longer: on with what waits, and with the next instant.
-    fn release(&mut self) {
+    pub(super) fn release(&mut self) {
         self.holding = false;
         for request in std::mem::take(&mut self.held) {
             let task = self.new_task(Work::Mutation(request));

@@ -26,9 +26,14 @@ impl Volume {
         self.add_snapshot(store, State::Active)
     }
 
-    pub(super) fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
+    pub(super) fn new_snapshot_id(&mut self) -> SnapshotId {
         let id = SnapshotId(self.next_snapshot);
         self.next_snapshot += 1;
+        id
+    }
+
+    pub(super) fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
+        let id = self.new_snapshot_id();
         self.snapshots
             .push(Snapshot::new(id, store, state, self.law));
         id
@@ -46,6 +51,7 @@ impl Volume {
 
     pub(super) fn advance_lifecycle(&mut self) {
         self.advance_instant();
+        self.advance_merge();
         self.end_removals();
         if self.phase == Phase::Draining && self.is_drained() {
             self.begin_last_flushes();
@@ -60,6 +66,7 @@ impl Volume {
             && self.jobs.is_empty()
             && self.instants.is_empty()
             && self.removals.is_empty()
+            && self.merge_is_idle()
             && self.snapshots.iter().all(settled)
     }
 
@@ -76,6 +83,11 @@ impl Volume {
                 left += 1;
             }
         }
+        let (merging, merge_ok) = self.last_flush_of_merge();
+        if let Some(store) = merging {
+            self.emit(store, Action::Flush, Purpose::CloseFlush);
+            left += 1;
+        }
         let mut ok = !self.origin_flush_failed();
         if ok {
             // Whether or not this volume wrote: one that was killed before it may
@@ -83,6 +95,7 @@ impl Volume {
             self.emit(Device::Origin, Action::Flush, Purpose::CloseFlush);
             left += 1;
         }
+        ok &= merge_ok;
         ok &= self.snapshots.iter().all(|s| s.state != State::Unmarked);
         self.phase = Phase::Flushing { left, ok };
         self.end_if_flushed();

@@ -17,6 +17,7 @@ mod drive;
 mod flush;
 mod instant;
 mod lifecycle;
+mod merge;
 mod origin_write;
 mod removal;
 mod snapshot_write;
@@ -39,12 +40,17 @@ use copy::{CopyMemory, Job, JobKey};
 use flush::Lane;
 use instant::Instant;
 use lifecycle::Phase;
+use merge::{Beginning, Merge, PieceKey};
 use task::{Task, TaskId, Work};
 
 pub use instant::{InstantId, NotHeld};
+pub use merge::{MergeError, MergeProgress};
 
 /// A mutation is worked off in windows of this many bytes.
 const WINDOW_BYTES: u64 = 32 << 20;
+
+/// A merge takes steps of this many bytes.
+const MERGE_STEP_BYTES: u64 = 4 << 20;
 
 /// What a volume is like.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +104,14 @@ pub enum Event {
     InstantFailed(InstantId),
     /// The snapshot is gone, and nothing is in flight on its store.
     Removed(SnapshotId),
+    /// The origin reads as the snapshot from here on, and the snapshot takes no
+    /// more requests; see [`Volume::begin_merge`].
+    MergeBegun(SnapshotId),
+    /// The store of the merged snapshot holds no exceptions any more, the origin
+    /// is durable, and the id is gone.
+    Merged(SnapshotId),
+    /// The merge has stopped, or did not begin, for this reason.
+    MergeFailed(SnapshotId, &'static str),
     /// [`Volume::close`] has ended: nothing is in flight and all is durable
     /// (false: a flush failed).
     Closed(bool),
@@ -136,6 +150,20 @@ enum Purpose {
     Grow(SnapshotId),
     /// A flush of the origin.
     OriginFlush,
+    /// Piece `index` of the read of an origin's client, from a merging store.
+    MergedRead { request: RequestKey, index: usize },
+    /// Part of an origin's mutation, in place to a merging store.
+    MergedWrite { request: RequestKey, range: RangeId },
+    /// The end of a merging store's list comes in.
+    MergeTail,
+    /// Part of a merge's step comes in.
+    PieceRead(PieceKey),
+    /// Part of a merge's step goes out.
+    PieceWrite(PieceKey),
+    /// The end of a merging store's list, without the step's exceptions.
+    MergeEntries,
+    /// A flush of a merging store, for its steps and for FLUSH and FUA.
+    MergeFlush,
     /// The last flush of a device.
     CloseFlush,
 }
@@ -182,6 +210,13 @@ pub struct Volume {
     held: Vec<RequestKey>,
     /// Snapshots that go when nothing is in flight for them.
     removals: Vec<SnapshotId>,
+    /// A merge that was ordered and has not begun.
+    merge_begins: Option<Beginning>,
+    /// The store that is being merged into the origin.
+    merge: Option<Merge>,
+    merge_suspended: bool,
+    /// Bytes that a merge copies in a step.
+    merge_step: u64,
 }
 
 impl Volume {
@@ -220,6 +255,10 @@ impl Volume {
             holding: false,
             held: Vec::new(),
             removals: Vec::new(),
+            merge_begins: None,
+            merge: None,
+            merge_suspended: false,
+            merge_step: MERGE_STEP_BYTES,
         }
     }
 
@@ -322,6 +361,9 @@ impl Volume {
 
     /// A snapshot's status; none once it is being removed.
     pub fn status(&self, snapshot: SnapshotId) -> Option<Status> {
+        if let Some(merging) = self.merge_status(snapshot) {
+            return Some(merging);
+        }
         let snapshot = self.snapshot(snapshot)?;
         (snapshot.state != State::Removing).then(|| snapshot.status())
     }
@@ -334,12 +376,14 @@ impl Volume {
             && self.replies.is_empty()
             && self.instants.is_empty()
             && self.removals.is_empty()
+            && self.merge_is_idle()
     }
 
     /// The devices there are, the origin first.
     pub fn devices(&self) -> Vec<Device> {
-        let cows = self.snapshots.iter().map(|s| Device::Cow(s.id));
-        std::iter::once(Device::Origin).chain(cows).collect()
+        let merging = self.merge.as_ref().map(|merge| merge.id);
+        let cows = self.snapshots.iter().map(|s| s.id).chain(merging);
+        (std::iter::once(Device::Origin).chain(cows.map(Device::Cow))).collect()
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<(), Failure> {
@@ -367,13 +411,7 @@ impl Volume {
     ) -> Result<(), Failure> {
         match view {
             View::Origin => {
-                if start < end {
-                    extents.push(Extent {
-                        device: Device::Origin,
-                        offset: start,
-                        len: end - start,
-                    });
-                }
+                self.resolve_origin(start, end, max, extents);
                 Ok(())
             }
             View::Snapshot(id) => match self.snapshot(id) {
@@ -398,6 +436,16 @@ impl Volume {
     /// A task that is about to be made to wait; see [`Volume::waits`].
     fn new_task(&mut self, work: Work) -> TaskId {
         TaskId(self.tasks.insert(Task { work, waits: 0 }))
+    }
+
+    /// A task that is about to be made to wait in several places, of which one may
+    /// wake it for another before all are done: it stays until [`Volume::unguard`].
+    fn guarded_task(&mut self, work: Work) -> TaskId {
+        TaskId(self.tasks.insert(Task { work, waits: 1 }))
+    }
+
+    fn unguard(&mut self, task: TaskId) {
+        self.tasks[task.0].waits -= 1;
     }
 
     /// Whether the task has been made to wait for anything. If not, it is gone,
@@ -431,6 +479,8 @@ impl Volume {
             } => self.advance_snapshot_part(request, start, end),
             Work::SnapshotCopied(request) => self.snapshot_copied(request),
             Work::Copy(job) => self.advance_copy(job),
+            Work::MergeStep => self.clear_merge_window(),
+            Work::MergePiece(piece) => self.read_piece(piece),
         }
     }
 

@@ -19,17 +19,21 @@ impl Volume {
         let mutation = self.mutation(request);
         let (start, end) = mutation.window;
         let is_trim = matches!(mutation.effect, Effect::Trim);
-        let task = self.new_task(Work::Mutation(request));
+        if !is_trim && self.takes_no_writes(start, end) {
+            self.requests[request].failure = Some(Failure::Io);
+            return self.window_ended(request);
+        }
+        let task = self.guarded_task(Work::Mutation(request));
         if !is_trim {
-            if self.snapshots.iter().any(|s| s.state == State::Unmarked) {
-                self.tasks.remove(task.0);
-                self.requests[request].failure = Some(Failure::Io);
-                return self.window_ended(request);
-            }
-            for index in 0..self.snapshots.len() {
-                self.wait_for_copies(index, start, end, task);
+            self.wait_for_merge_window(start, end, task);
+            for extent in self.direct_parts(start, end) {
+                let (start, end) = (extent.offset, extent.offset + extent.len);
+                for index in 0..self.snapshots.len() {
+                    self.wait_for_copies(index, start, end, task);
+                }
             }
         }
+        self.unguard(task);
         if self.tasks[task.0].waits == 0 && self.law.reads_before_origin() {
             // Snapshot reads that begin from now on find the copies, so nobody
             // can come in between for ever.
@@ -38,6 +42,31 @@ impl Volume {
         let begun = self.mutation(request).begun;
         if !self.waits(task) && (begun || self.may_begin(request)) {
             self.issue_origin_window(request);
+        }
+    }
+
+    /// A write of `start..end` would let a lost snapshot come back as if it were
+    /// whole, or would not be found again after a crash.
+    fn takes_no_writes(&self, start: u64, end: u64) -> bool {
+        let merge = self.merge.as_ref();
+        self.snapshots.iter().any(|s| s.state == State::Unmarked)
+            || merge.is_some_and(|merge| merge.is_doubtful(start, end))
+    }
+
+    /// The parts of `start..end` that lie in the origin itself: all of it, unless
+    /// a merge keeps some in its store.
+    fn direct_parts(&self, start: u64, end: u64) -> impl Iterator<Item = Extent> + use<> {
+        let extents = self.origin_extents(start, end);
+        (extents.into_iter()).filter(|extent| extent.device == Device::Origin)
+    }
+
+    /// A step of a merge wants to overwrite `start..end` of the origin: make
+    /// `task` wait until the snapshot no longer needs it.
+    pub(super) fn copy_before_merge(&mut self, index: usize, start: u64, end: u64, task: TaskId) {
+        if self.law.siblings_before_merge() {
+            self.wait_for_copies(index, start, end, task);
+        } else if self.snapshots[index].is_readable() {
+            let _ = self.prepare_range(index, start, end);
         }
     }
 
@@ -135,35 +164,52 @@ impl Volume {
         self.origin_mutations += u64::from(first);
         let mutation = self.mutation(request);
         let (start, end) = mutation.window;
-        let effect = mutation.effect.clone();
-        let actions = match effect {
-            Effect::Data(_) => {
-                let mut data = Vec::with_capacity(1);
-                effect.pieces(mutation.offset, start, end, &mut data);
-                vec![Action::Write {
-                    offset: start,
-                    data,
-                }]
+        let (offset, effect) = (mutation.offset, mutation.effect.clone());
+        let extents = self.origin_extents(start, end);
+        if matches!(effect, Effect::Trim) {
+            return self.issue_trim(request, &extents);
+        }
+        self.requests[request].parts = extents.len() as u32;
+        let mut at = start;
+        for extent in extents {
+            let from = at;
+            at += extent.len;
+            let is_direct = extent.device == Device::Origin;
+            let action = match effect {
+                Effect::Zeroes { may_punch } if is_direct => Action::WriteZeroes {
+                    offset: from,
+                    len: extent.len,
+                    may_punch,
+                },
+                _ => {
+                    let mut data = Vec::with_capacity(1);
+                    effect.pieces(offset, from, at, &mut data);
+                    let offset = extent.offset;
+                    Action::Write { offset, data }
+                }
+            };
+            if is_direct {
+                self.emit(Device::Origin, action, Purpose::ClientWrite(request));
+            } else {
+                self.begin_merged_write(request, from, extent, action);
             }
-            Effect::Zeroes { may_punch } => vec![Action::WriteZeroes {
-                offset: start,
-                len: end - start,
-                may_punch,
-            }],
-            Effect::Trim => self
-                .trimmable(start, end)
-                .into_iter()
-                .map(|(start, end)| Action::Trim {
-                    offset: start,
-                    len: end - start,
-                })
-                .collect(),
-        };
-        self.requests[request].parts = actions.len() as u32;
-        if actions.is_empty() {
+        }
+    }
+
+    /// A trim acts where the origin's bytes lie in the origin, and no snapshot
+    /// reads them there. (A chunk in a store is never given back.)
+    fn issue_trim(&mut self, request: RequestKey, extents: &[Extent]) {
+        let direct = extents.iter().filter(|e| e.device == Device::Origin);
+        let ranges: Vec<_> = direct
+            .flat_map(|e| self.trimmable(e.offset, e.offset + e.len))
+            .collect();
+        self.requests[request].parts = ranges.len() as u32;
+        if ranges.is_empty() {
             return self.window_ended(request);
         }
-        for action in actions {
+        for (start, end) in ranges {
+            let (offset, len) = (start, end - start);
+            let action = Action::Trim { offset, len };
             self.emit(Device::Origin, action, Purpose::ClientWrite(request));
         }
     }
@@ -218,24 +264,40 @@ impl Volume {
     ) -> Now {
         debug_assert_eq!(self.phase, Phase::Open);
         let end = offset + len;
-        let clear = len > 0
+        let free = len > 0
             && !self.holding
             && !self.origin_writes.overlaps(offset, end)
             && !self.origin_reads.overlaps(offset, end)
-            && self.snapshots.iter().all(|s| match s.state {
-                State::Creating | State::Invalid | State::Removing => true,
-                State::Active | State::Overflowed => s.is_durable(offset, end, self.law),
-                State::Invalidating(_) | State::Unmarked => false,
-            });
+            && (self.merge.as_ref()).is_none_or(|merge| merge.is_open(offset, end));
+        if !free {
+            return Now::Queue;
+        }
+        let before = extents.len();
+        self.resolve_origin(offset, end, usize::MAX, extents);
+        let direct = extents[before..]
+            .iter()
+            .filter(|e| e.device == Device::Origin);
+        let clear = direct
+            .clone()
+            .all(|e| self.is_copied(e.offset, e.offset + e.len));
+        let in_store = direct.count() < extents.len() - before;
         if !clear {
+            extents.truncate(before);
             return Now::Queue;
         }
         self.origin_changes += 1;
-        extents.push(Extent {
-            device: Device::Origin,
-            offset,
-            len,
-        });
+        if let Some(merge) = self.merge.as_mut().filter(|_| in_store) {
+            merge.written();
+        }
         Now::Go
+    }
+
+    /// Every snapshot has durable copies of `start..end`, or needs none.
+    fn is_copied(&self, start: u64, end: u64) -> bool {
+        self.snapshots.iter().all(|s| match s.state {
+            State::Creating | State::Invalid | State::Removing => true,
+            State::Active | State::Overflowed => s.is_durable(start, end, self.law),
+            State::Invalidating(_) | State::Unmarked => false,
+        })
     }
 }

@@ -58,7 +58,7 @@ impl Volume {
 
     /// Whether a request, a copy or an operation speaks of the snapshot. Looked
     /// for instead of counted: removals are rare and short.
-    fn is_in_use(&self, id: SnapshotId) -> bool {
+    pub(super) fn is_in_use(&self, id: SnapshotId) -> bool {
         let asked = |view: View| view == View::Snapshot(id);
         self.requests.iter().any(|(_, request)| asked(request.view))
             || self.jobs.iter().any(|(_, job)| job.is_for(id))
@@ -75,7 +75,15 @@ impl Volume {
                 | Purpose::ClientWrite(_)
                 | Purpose::CopyRead(_)
                 | Purpose::CopyWrite(_)
-                | Purpose::OriginFlush => false,
+                | Purpose::OriginFlush
+                // Of a merging store, which is no snapshot any more.
+                | Purpose::MergedRead { .. }
+                | Purpose::MergedWrite { .. }
+                | Purpose::MergeTail
+                | Purpose::PieceRead(_)
+                | Purpose::PieceWrite(_)
+                | Purpose::MergeEntries
+                | Purpose::MergeFlush => false,
             })
     }
 }

@@ -244,7 +244,7 @@ impl Volume {
         extents: &mut Vec<Extent>,
     ) -> Now {
         let end = offset + len;
-        let Some(index) = self.index_of(id) else {
+        let Some(index) = self.index_of(id).filter(|_| !self.merge_holds(id)) else {
             return Now::Queue;
         };
         let snapshot = &mut self.snapshots[index];

@@ -4,6 +4,7 @@
 
 use super::active::RequestKey;
 use super::copy::JobKey;
+use super::merge::PieceKey;
 
 /// Names a task until it has run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,6 +30,10 @@ pub(crate) enum Work {
     SnapshotCopied(RequestKey),
     /// A copy that was waiting for memory.
     Copy(JobKey),
+    /// The step of a merge: what was in the way of its window may be gone.
+    MergeStep,
+    /// A piece of a merge's step that was waiting for memory.
+    MergePiece(PieceKey),
 }
 
 /// A task and how many things it still waits for.

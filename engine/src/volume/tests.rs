@@ -3,6 +3,7 @@
 
 mod faults;
 mod live;
+mod merge;
 
 use bytes::Bytes;
 use nbdsnap_format::ChunkSize;

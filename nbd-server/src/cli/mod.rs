@@ -3,10 +3,15 @@
 //! Exit statuses: 0 as asked, 1 refused or failed, 2 an argument that makes no
 //! sense. A refusal is one line on standard error that names what it is about.
 
+mod clients;
 mod demo;
+mod events;
+mod freeze;
 mod listen;
 mod log;
+mod merge;
 mod orders;
+mod pages;
 mod serve;
 pub mod size;
 mod snapshot;
@@ -45,6 +50,11 @@ enum Verb {
     Serve(serve::ServeArgs),
     Snapshot(snapshot::SnapshotArgs),
     Volume(volume::VolumeArgs),
+    Clients(clients::ClientsArgs),
+    Disconnect(clients::DisconnectArgs),
+    Events(events::EventsArgs),
+    Completions(pages::CompletionsArgs),
+    Man(pages::ManArgs),
     Demo(demo::DemoArgs),
 }
 
@@ -88,13 +98,18 @@ pub fn main() -> ExitCode {
     };
     let usual = match cli.verb {
         Verb::Serve(_) => log::Usual::Info,
-        Verb::Demo(_) | Verb::Snapshot(_) | Verb::Volume(_) => log::Usual::Warn,
+        _ => log::Usual::Warn,
     };
     log::start(usual, cli.verbosity.verbose, cli.verbosity.quiet);
     let (verb, ended) = match cli.verb {
         Verb::Serve(args) => ("serve", serve::run(args)),
         Verb::Snapshot(args) => ("snapshot", snapshot::run(args)),
-        Verb::Volume(args) => ("volume", volume::run(&args)),
+        Verb::Volume(args) => ("volume", volume::run(args)),
+        Verb::Clients(args) => ("clients", clients::list(&args)),
+        Verb::Disconnect(args) => ("disconnect", clients::disconnect(&args)),
+        Verb::Events(args) => ("events", events::run(&args)),
+        Verb::Completions(args) => ("completions", pages::completions(&args)),
+        Verb::Man(args) => ("man", pages::man(&args)),
         Verb::Demo(args) => ("demo", demo::run(&args)),
     };
     match ended {
@@ -175,7 +190,7 @@ mod tests {
     #[test]
     fn refusals_are_one_line() {
         for args in [
-            vec!["nbdsnap", "serve"],
+            vec!["nbdsnap", "snapshot", "create", "d"],
             vec!["nbdsnap", "serve", "d", "--no-such"],
             vec!["nbdsnap", "serve", "d", "--snapshot", "d@s"],
             vec!["nbdsnap", "serve", "d", "--listen", "nowhere"],

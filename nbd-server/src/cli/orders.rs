@@ -2,7 +2,7 @@
 //! are printed.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueHint};
 use serde::Serialize;
@@ -120,6 +120,17 @@ pub(super) fn rough_span(seconds: Option<u64>) -> String {
         Some(s) if s < 2 * 86_400 => format!("{} h", s / 3600),
         Some(s) => format!("{} d", s / 86_400),
     }
+}
+
+/// The server's working folder may be another.
+pub(super) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    if path.to_str().is_none() {
+        return Err(Failure::Usage(format!(
+            "{}: orders carry paths in UTF-8 only",
+            crate::disks::shown(path)
+        )));
+    }
+    std::path::absolute(path).map_err(Failure::usage)
 }
 
 /// `VOLUME@NAME` on the command line.

@@ -18,7 +18,8 @@ use clap::{Args, ValueHint};
 use super::Failure;
 use super::listen::{self, Bound};
 use super::spec::{self, DiskSpec, SnapshotSpec};
-use crate::disks::{self, Note, Opened, Plan, VolumeRequest};
+use crate::control;
+use crate::disks::{self, Note, Opened, Plan, Taken, VolumeRequest};
 use crate::nbd::uri::ListenAddr;
 use crate::server;
 use crate::server::setup::{Listener, OpenVolume, Setup};
@@ -41,13 +42,13 @@ use crate::state::place::settled;
 #[derive(Debug, Args)]
 #[command(after_long_help = MORE)]
 pub(super) struct ServeArgs {
-    /// A disk image or block device.
+    /// A disk image or block device; there may be none, as long as orders are taken.
     ///
     /// NAME is the export's name; without it, the file's name less its last
     /// extension. What stands before the first '=' is a NAME unless it contains a
     /// '/': write './a=b.img' for a path with '='. A name may hold anything but
     /// '/', '@', '=' and control characters, up to 255 bytes.
-    #[arg(value_name = "[NAME=]DISK", required_unless_present = "state", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
+    #[arg(value_name = "[NAME=]DISK", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
     disks: Vec<DiskSpec>,
 
     /// Serve a snapshot of a disk, kept in the COW store COW.
@@ -76,7 +77,9 @@ pub(super) struct ServeArgs {
 
     /// Take orders on the Unix socket PATH, which is made with mode 0600.
     ///
-    /// 'nbdsnap snapshot' and 'nbdsnap volume' give them.
+    /// 'nbdsnap snapshot', 'volume', 'clients' and 'events' give them. A server that
+    /// starts without any disk takes them at nbdsnap.control in XDG_RUNTIME_DIR, or
+    /// in /run for root, unless PATH is given.
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     control: Option<PathBuf>,
 
@@ -102,6 +105,14 @@ pub(super) struct ServeArgs {
     /// are cores, and no more than there are volumes.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+
+    /// Run a command for every event, by the shell, one after the other.
+    ///
+    /// It finds the event in NBDSNAP_EVENT (as 'nbdsnap events' writes it),
+    /// NBDSNAP_SEQUENCE, _AT, _VOLUME, _SNAPSHOT, _PERCENT, _CLIENT and _MESSAGE.
+    /// The server does not wait for it; one that takes more than a minute is killed.
+    #[arg(long, value_name = "CMD")]
+    on_event: Option<String>,
 }
 
 const MORE: &str = "\
@@ -169,11 +180,11 @@ Examples:
     nbd-client -N disk@monday localhost /dev/nbd0
 ";
 
-fn disk_parser() -> impl TypedValueParser<Value = DiskSpec> {
+pub(super) fn disk_parser() -> impl TypedValueParser<Value = DiskSpec> {
     OsStringValueParser::new().try_map(|text: OsString| DiskSpec::parse(&text))
 }
 
-fn snapshot_parser() -> impl TypedValueParser<Value = SnapshotSpec> {
+pub(super) fn snapshot_parser() -> impl TypedValueParser<Value = SnapshotSpec> {
     OsStringValueParser::new().try_map(|text: OsString| SnapshotSpec::parse(&text))
 }
 
@@ -195,7 +206,14 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         state,
         without,
         threads,
+        on_event,
     } = args;
+    let control = match control {
+        None if disks.is_empty() && state.is_none() => Some(control::default_path().ok_or_else(|| {
+            Failure::Usage("without a DISK a server is of use only if it takes orders: name a socket with --control".into())
+        })?),
+        control => control,
+    };
     let volumes = spec::assemble(disks, snapshots, read_only).map_err(Failure::usage)?;
     let ready = make_ready(Wanted {
         volumes,
@@ -205,7 +223,8 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         state: state.as_deref(),
         without: &without,
     })?;
-    let Ready { setup, lines } = ready;
+    let Ready { mut setup, lines } = ready;
+    setup.on_event = on_event;
     let paths = socket_paths(&setup);
     let mut served = false;
     let ended = server::run(setup, |_| {
@@ -258,7 +277,8 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
     let mut keeper = folder
         .and_then(|folder| Keeper::open(SystemFiles, folder))
         .map_err(Failure::refused)?;
-    let plan = plan(&keeper, wanted.volumes, wanted.without)?;
+    let mut taken = Taken::default();
+    let plan = plan(&keeper, wanted.volumes, wanted.without, &mut taken)?;
     let mut bound = Bound::default();
     for address in wanted.addresses {
         bound.add(address).map_err(Failure::refused)?;
@@ -278,7 +298,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
         keeper: &mut keeper,
         change: &mut change,
     };
-    let carried_out = plan.carry_out(&mut making);
+    let carried_out = plan.carry_out(&mut taken, &mut making);
     let records = Records {
         keeper,
         change: Some(change),
@@ -290,11 +310,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
             return Err(Failure::refused(refusal));
         }
     };
-    let Opened {
-        volumes,
-        notes,
-        taken,
-    } = opened;
+    let Opened { volumes, notes } = opened;
     for note in notes {
         match note {
             Note::Warning(text) => tracing::warn!("{text}"),
@@ -312,6 +328,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
         control,
         taken,
         records,
+        on_event: None,
     };
     Ok(Ready { setup, lines })
 }
@@ -322,9 +339,10 @@ fn plan(
     keeper: &Keeper<SystemFiles>,
     asked: Vec<VolumeRequest>,
     without: &[PathBuf],
+    taken: &mut Taken,
 ) -> Result<Plan, Failure> {
     let mut remembered: Vec<VolumeRequest> = Vec::new();
-    let mut asked = admission::with_merges(keeper, asked).map_err(Failure::refused)?;
+    let mut asked = asked;
     for volume in &keeper.state().volumes {
         let request = admission::request_of(volume);
         match asked.iter_mut().find(|asked| asked.name == request.name) {
@@ -332,14 +350,21 @@ fn plan(
             None => remembered.push(request),
         }
     }
-    let mut plan = disks::inspect(asked).map_err(Failure::refused)?;
+    let asked = admission::with_merges(keeper, asked).map_err(Failure::refused)?;
+    let mut plan = disks::inspect(asked, taken).map_err(Failure::refused)?;
     for volume in &plan.offered() {
         admission::admit(keeper, volume, without).map_err(Failure::refused)?;
     }
     for request in remembered {
         let name = request.name.clone();
-        if let Err(refusal) = remember(keeper, &mut plan, request, without) {
-            tracing::error!("{name} is not served: {refusal}");
+        let remembered = admission::with_merges(keeper, vec![request])
+            .map_err(|error| error.to_string())
+            .and_then(|requests| {
+                remember(keeper, &mut plan, requests, without, taken)
+                    .map_err(|refusal| refusal.to_string())
+            });
+        if let Err(why) = remembered {
+            tracing::error!("{name} is not served: {why}");
         }
     }
     Ok(plan)
@@ -349,17 +374,19 @@ fn plan(
 fn remember(
     keeper: &Keeper<SystemFiles>,
     plan: &mut Plan,
-    mut request: VolumeRequest,
+    mut requests: Vec<VolumeRequest>,
     without: &[PathBuf],
+    taken: &mut Taken,
 ) -> Result<(), disks::Refusal> {
     let given_up: Vec<PathBuf> = without.iter().map(|path| settled(path)).collect();
-    request
-        .snapshots
-        .retain(|snapshot| !given_up.contains(&settled(&snapshot.cow)));
-    plan.add(vec![request])?;
+    for request in &mut requests {
+        let snapshots = &mut request.snapshots;
+        snapshots.retain(|snapshot| !given_up.contains(&settled(&snapshot.cow)));
+    }
+    plan.add(requests, taken)?;
     let offered = plan.offered();
     let volume = offered.last().expect("it was added just now");
-    admission::admit(keeper, volume, without).inspect_err(|_| plan.drop_last())
+    admission::admit(keeper, volume, without).inspect_err(|_| plan.drop_last(taken))
 }
 
 /// A volume that was asked for has the snapshots that the records name too. What
@@ -413,6 +440,7 @@ fn lines(volumes: &[OpenVolume], addresses: &[ListenAddr]) -> Vec<String> {
 /// Print the lines at once. Whoever started the server may not be listening.
 fn announce(lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(format!("{}\n", lines.join("\n")).as_bytes());
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    let _ = out.write_all(text.as_bytes());
     let _ = out.flush();
 }

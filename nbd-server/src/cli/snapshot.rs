@@ -1,17 +1,22 @@
 //! `nbdsnap snapshot`: snapshots of the volumes of a running server.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueHint};
 
 use super::Failure;
+use super::freeze::Frozen;
+use super::merge::{self, CancelArgs, MergeArgs};
 use super::orders::{
-    ToServer, beside_the_point, parse_snapshot, print, print_json, rough_size, rough_span, table,
+    ToServer, absolute, beside_the_point, parse_name, parse_snapshot, print, print_json,
+    rough_size, rough_span, table,
 };
 use super::size;
+use crate::control::client::ControlClient;
 use crate::control::protocol::{
-    Answer, Kind, Order, Selection, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotReport,
-    SnapshotState, StoreLimit,
+    Answer, Kind, Order, Selection, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotRename,
+    SnapshotReport, SnapshotState, StoreLimit,
 };
 
 /// Take, look after and end snapshots of a running server's disks.
@@ -32,6 +37,9 @@ enum SnapshotVerb {
     List(SelectArgs),
     Status(SelectArgs),
     Remove(RemoveArgs),
+    Rename(RenameArgs),
+    Merge(MergeArgs),
+    Cancel(CancelArgs),
 }
 
 /// Take snapshots now; several are one instant.
@@ -70,6 +78,20 @@ struct CreateArgs {
     /// Refuse writes to the snapshot.
     #[arg(long)]
     read_only: bool,
+
+    /// Run a command before the disks are held, by the shell: freeze a file system,
+    /// quiesce a database. If it fails, no snapshot is taken.
+    #[arg(long, value_name = "CMD", requires = "thaw")]
+    freeze: Option<String>,
+
+    /// Run a command when the snapshots have been taken. It runs whatever happens
+    /// once --freeze was begun, even if this program is killed.
+    #[arg(long, value_name = "CMD")]
+    thaw: Option<String>,
+
+    /// Kill the command of --freeze if it takes longer, and take no snapshot.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    freeze_timeout: u64,
 }
 
 /// Say which snapshots there are, or how they are doing.
@@ -93,12 +115,29 @@ struct RemoveArgs {
     delete_cow: bool,
 }
 
+/// Give a snapshot another name. Its clients stay attached.
+#[derive(Debug, Args)]
+struct RenameArgs {
+    /// The snapshot.
+    #[arg(value_name = "VOLUME@NAME", value_parser = parse_snapshot)]
+    snapshot: SnapshotName,
+    /// What it is called from now on: the part behind the '@'.
+    #[arg(value_name = "NEWNAME", value_parser = parse_name)]
+    name: String,
+}
+
 /// The verb.
 pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
     let SnapshotArgs { verb, server } = args;
     match verb {
         SnapshotVerb::Create(args) => {
-            let reports = ask(&server, create(args)?)?;
+            let client = server.connect()?;
+            let patience = Duration::from_secs(args.freeze_timeout);
+            let frozen = Frozen::new(args.freeze.as_deref(), args.thaw.as_deref(), patience)?;
+            let taken = create(args).and_then(|order| ask_on(client, order));
+            let thawed = frozen.thaw();
+            let reports = taken?;
+            thawed?;
             show(&server, &reports, |one| {
                 format!("{}: taken, its store is {}\n", one.name, one.cow.display())
             })
@@ -117,6 +156,16 @@ pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
             }
             print(&status_table(&reports))
         }
+        SnapshotVerb::Rename(RenameArgs { snapshot, name }) => {
+            let old = snapshot.to_string();
+            let order = Order::SnapshotRename(SnapshotRename { snapshot, name });
+            let reports = ask(&server, order)?;
+            show(&server, &reports, |one| {
+                format!("{old}: is {} from now on\n", one.name)
+            })
+        }
+        SnapshotVerb::Merge(args) => merge::run(&server, args),
+        SnapshotVerb::Cancel(args) => merge::cancel(&server, args),
         SnapshotVerb::Remove(args) => {
             let deleted = args.delete_cow;
             let order = Order::SnapshotRemove(SnapshotRemove {
@@ -161,9 +210,13 @@ fn list(args: SelectArgs) -> Order {
 }
 
 fn ask(server: &ToServer, order: Order) -> Result<Vec<SnapshotReport>, Failure> {
-    match server.order(order)? {
+    ask_on(server.connect()?, order)
+}
+
+fn ask_on(mut client: ControlClient, order: Order) -> Result<Vec<SnapshotReport>, Failure> {
+    match client.order(order).map_err(Failure::refused)? {
         Answer::Snapshots(reports) => Ok(reports),
-        Answer::Volumes(_) => Err(beside_the_point()),
+        _ => Err(beside_the_point()),
     }
 }
 
@@ -234,18 +287,10 @@ fn state(report: &SnapshotReport) -> &'static str {
         SnapshotState::Active => "active",
         SnapshotState::Overflow => "overflow",
         SnapshotState::Invalid => "invalid",
+        SnapshotState::MergeWaiting => "merge waiting",
+        SnapshotState::Merging => "merging",
+        SnapshotState::MergeFailed => "merge failed",
     }
-}
-
-/// The server's working folder may be another.
-fn absolute(path: &Path) -> Result<PathBuf, Failure> {
-    if path.to_str().is_none() {
-        return Err(Failure::Usage(format!(
-            "{}: orders carry paths in UTF-8 only",
-            crate::disks::shown(path)
-        )));
-    }
-    std::path::absolute(path).map_err(Failure::usage)
 }
 
 fn parse_size(text: &str) -> Result<u64, size::SizeError> {

@@ -254,7 +254,11 @@ pub(super) fn assemble(
             return Err(SpecError::NoVolume {
                 volume: snapshot.volume,
                 name: snapshot.name,
-                known: format!("there is {}", known.join(", ")),
+                known: if known.is_empty() {
+                    "there are none".into()
+                } else {
+                    format!("there is {}", known.join(", "))
+                },
             });
         };
         if let Some(first) = volume
@@ -276,6 +280,7 @@ pub(super) fn assemble(
             format: snapshot.format,
             adopt: snapshot.adopt,
             must_exist: false,
+            merging: false,
         });
     }
     Ok(volumes)

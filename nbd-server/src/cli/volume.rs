@@ -1,10 +1,18 @@
 //! `nbdsnap volume`: the volumes of a running server.
 
-use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueHint};
 
 use super::Failure;
-use super::orders::{ToServer, beside_the_point, print, print_json, rough_size, table};
-use crate::control::protocol::{Answer, Order, VolumeReport};
+use super::orders::{
+    ToServer, absolute, beside_the_point, parse_name, print, print_json, rough_size, table,
+};
+use super::serve::{disk_parser, snapshot_parser};
+use super::spec::{DiskSpec, SnapshotSpec};
+use crate::control::protocol::{
+    Answer, Order, StoreToServe, VolumeAdd, VolumeRemove, VolumeReport,
+};
 
 /// Look after the volumes of a running server.
 #[derive(Debug, Args)]
@@ -19,22 +27,118 @@ pub(super) struct VolumeArgs {
 enum VolumeVerb {
     /// Say which volumes are served.
     List,
+    Add(AddArgs),
+    Remove(RemoveArgs),
+}
+
+/// Serve one more disk, with its snapshots.
+///
+/// As with 'nbdsnap serve': a store that exists goes on, one that does not is made,
+/// and its snapshot begins now.
+#[derive(Debug, Args)]
+struct AddArgs {
+    /// A disk image or block device; NAME is the export's name, without it the
+    /// file's name less its last extension.
+    #[arg(value_name = "[NAME=]DISK", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
+    disk: DiskSpec,
+    /// A snapshot of it, as with 'nbdsnap serve'.
+    #[arg(long = "snapshot", value_name = "VOLUME@NAME=COW[,OPTION]...", value_parser = snapshot_parser())]
+    snapshots: Vec<SnapshotSpec>,
+    /// Change nothing, neither the disk nor its stores.
+    #[arg(long)]
+    read_only: bool,
+    /// Write to the disk without its store COW: that snapshot is given up.
+    #[arg(long, value_name = "COW", value_hint = ValueHint::FilePath)]
+    without: Vec<PathBuf>,
+}
+
+/// Serve a disk, and its snapshots, no longer. Their files stay.
+#[derive(Debug, Args)]
+struct RemoveArgs {
+    /// The volume.
+    #[arg(value_name = "VOLUME", value_parser = parse_name)]
+    name: String,
+    /// Even while clients are attached: they are dropped.
+    #[arg(long)]
+    force: bool,
 }
 
 /// The verb.
-pub(super) fn run(args: &VolumeArgs) -> Result<(), Failure> {
+pub(super) fn run(args: VolumeArgs) -> Result<(), Failure> {
     let VolumeArgs { verb, server } = args;
     match verb {
         VolumeVerb::List => {
-            let Answer::Volumes(volumes) = server.order(Order::VolumeList)? else {
-                return Err(beside_the_point());
-            };
+            let volumes = ask(&server, Order::VolumeList)?;
             if server.json {
                 return print_json(&volumes);
             }
             print(&volumes_table(&volumes))
         }
+        VolumeVerb::Add(args) => {
+            let volumes = ask(&server, add(args)?)?;
+            show(&server, &volumes, |one| {
+                format!("{}: served, {}\n", one.name, one.disk.display())
+            })
+        }
+        VolumeVerb::Remove(RemoveArgs { name, force }) => {
+            let order = Order::VolumeRemove(VolumeRemove { name, force });
+            let volumes = ask(&server, order)?;
+            show(&server, &volumes, |one| {
+                format!("{}: not served any more\n", one.name)
+            })
+        }
     }
+}
+
+fn add(args: AddArgs) -> Result<Order, Failure> {
+    let volume = args.disk.name.clone();
+    let mut snapshots = Vec::new();
+    for spec in args.snapshots {
+        if spec.volume != volume {
+            return Err(Failure::Usage(format!(
+                "the snapshot {}@{} is not one of {volume}",
+                spec.volume, spec.name
+            )));
+        }
+        snapshots.push(StoreToServe {
+            cow: absolute(&spec.cow)?,
+            snapshot: spec.name,
+            size_bytes: spec.size,
+            chunk_bytes: spec.chunk,
+            kind: spec.kind.into(),
+            read_only: spec.read_only,
+            format: spec.format,
+            adopt: spec.adopt,
+        });
+    }
+    let without: Result<Vec<PathBuf>, Failure> =
+        args.without.iter().map(|path| absolute(path)).collect();
+    Ok(Order::VolumeAdd(VolumeAdd {
+        name: volume,
+        disk: absolute(&args.disk.path)?,
+        read_only: args.read_only,
+        snapshots,
+        without: without?,
+    }))
+}
+
+fn ask(server: &ToServer, order: Order) -> Result<Vec<VolumeReport>, Failure> {
+    match server.order(order)? {
+        Answer::Volumes(volumes) => Ok(volumes),
+        _ => Err(beside_the_point()),
+    }
+}
+
+/// JSON, or a line for each.
+fn show(
+    server: &ToServer,
+    volumes: &[VolumeReport],
+    line: impl Fn(&VolumeReport) -> String,
+) -> Result<(), Failure> {
+    if server.json {
+        return print_json(&volumes);
+    }
+    print(&volumes.iter().map(line).collect::<String>())
 }
 
 fn volumes_table(volumes: &[VolumeReport]) -> String {

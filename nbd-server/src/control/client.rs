@@ -69,6 +69,14 @@ impl ControlClient {
         }
     }
 
+    /// The next answer to an order that brings several; `None`: there are no more.
+    pub fn next_answer(&mut self) -> Result<Option<Answer>, ClientError> {
+        match self.next_line()? {
+            Some(line) => read_response(&line).map(Some),
+            None => Ok(None),
+        }
+    }
+
     fn next_line(&mut self) -> io::Result<Option<String>> {
         let mut line = String::new();
         // Answers may be longer than orders: a thousand snapshots, each with its state.

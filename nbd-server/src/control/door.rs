@@ -16,8 +16,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
-use super::protocol::{Order, Outcome, Request, Response, VERSION};
+use super::protocol::{Answer, Order, Outcome, Request, Response, VERSION};
 use super::{CLIENTS_MAX, LINE_MAX, SILENCE};
+use crate::server::events::Events;
 
 /// After a failed accept (no file descriptor left, mostly) the next one waits.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -28,6 +29,9 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 pub trait Office: Send + Sync + 'static {
     /// Have `order` executed; the outcome is sent to `answer`. Does not wait.
     fn submit(&self, order: Order, answer: oneshot::Sender<Outcome>);
+
+    /// What happens, for those who follow it.
+    fn events(&self) -> &Events;
 }
 
 /// A handle to the thread. [`Door::close`] ends it and takes the socket away.
@@ -107,6 +111,13 @@ async fn serve(stream: UnixStream, office: &dyn Office) {
     let mut reader = BufReader::new(reader);
     loop {
         let (outcome, go_on) = match next_order(&mut reader).await {
+            Heard::Order(Order::Events(wanted)) if wanted.follow => {
+                return follow(&mut reader, &mut writer, office.events(), wanted.after).await;
+            }
+            Heard::Order(Order::Events(wanted)) => {
+                let events = office.events().since(wanted.after.unwrap_or(0));
+                (Outcome::Done(Answer::Events(events)), true)
+            }
             Heard::Order(order) => {
                 let (answer, outcome) = oneshot::channel();
                 office.submit(order, answer);
@@ -118,6 +129,35 @@ async fn serve(stream: UnixStream, office: &dyn Office) {
         };
         if say(&mut writer, outcome).await.is_err() || !go_on {
             return;
+        }
+    }
+}
+
+/// Tell of every event until the client has gone or takes no more.
+async fn follow(
+    reader: &mut BufReader<OwnedReadHalf>,
+    writer: &mut OwnedWriteHalf,
+    events: &Events,
+    after: Option<u64>,
+) {
+    let mut more = events.subscribe();
+    let mut told = after.unwrap_or(*more.borrow_and_update());
+    let mut byte = [0];
+    loop {
+        let new = events.since(told);
+        if let Some(last) = new.last() {
+            told = last.sequence;
+            if say(writer, Outcome::Done(Answer::Events(new)))
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+        tokio::select! {
+            changed = more.changed() => if changed.is_err() { return },
+            // Whatever it is, a follower has nothing to say: it has gone.
+            _ = reader.read(&mut byte) => return,
         }
     }
 }

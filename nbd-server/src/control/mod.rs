@@ -16,6 +16,7 @@
 pub mod client;
 pub mod door;
 pub mod protocol;
+mod reports;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -8,7 +8,10 @@
 
 use std::path::PathBuf;
 
+use nbdsnap_engine::StoreKind;
 use serde::{Deserialize, Serialize};
+
+pub use super::reports::*;
 
 /// Of these words.
 pub const VERSION: u32 = 1;
@@ -52,8 +55,151 @@ pub enum Order {
     SnapshotList(Selection),
     /// End snapshots. Answer: [`Answer::Snapshots`], as they were.
     SnapshotRemove(SnapshotRemove),
+    /// Roll a disk back to a snapshot. Answer: [`Answer::Snapshots`]; none, if the
+    /// merge is done already.
+    SnapshotMerge(SnapshotMerge),
+    /// Call off a merge that waits. Answer: [`Answer::Snapshots`].
+    SnapshotCancel(SnapshotCancel),
+    /// Give a snapshot another name. Answer: [`Answer::Snapshots`].
+    SnapshotRename(SnapshotRename),
     /// Tell of volumes. Answer: [`Answer::Volumes`].
     VolumeList,
+    /// Serve one more disk. Answer: [`Answer::Volumes`].
+    VolumeAdd(VolumeAdd),
+    /// Serve a disk no longer. Answer: [`Answer::Volumes`], as it was.
+    VolumeRemove(VolumeRemove),
+    /// Tell of clients. Answer: [`Answer::Clients`].
+    Clients,
+    /// Part with a client. Answer: [`Answer::Clients`], as it was.
+    Disconnect(Disconnect),
+    /// Tell what has happened. Answer: [`Answer::Events`]; when following, one
+    /// such answer after the other.
+    Events(EventsWanted),
+}
+
+/// Roll a disk back to a snapshot: from the first instant the disk reads as the
+/// snapshot, while the chunks are copied behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotMerge {
+    /// Which.
+    pub snapshot: SnapshotName,
+    /// What to do about clients that are attached to the disk.
+    #[serde(default)]
+    pub clients: MergeClients,
+    /// Delete the file of the store when the merge is done.
+    #[serde(default)]
+    pub delete_cow: bool,
+}
+
+/// What a merge does about clients that are attached to the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MergeClients {
+    /// The merge is refused.
+    #[default]
+    Refuse,
+    /// It begins under them: the disk changes before their eyes.
+    Force,
+    /// It waits until they have gone.
+    Wait,
+}
+
+/// Call off a merge that waits for clients to go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCancel {
+    /// Which.
+    pub snapshot: SnapshotName,
+}
+
+/// Give a snapshot another name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRename {
+    /// Which.
+    pub snapshot: SnapshotName,
+    /// What it is called from now on.
+    pub name: String,
+}
+
+/// Serve one more disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeAdd {
+    /// What it is called.
+    pub name: String,
+    /// Its path, absolute.
+    pub disk: PathBuf,
+    /// Change nothing, neither the disk nor its stores.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Its snapshots.
+    #[serde(default)]
+    pub snapshots: Vec<StoreToServe>,
+    /// Stores of the disk that are given up: it is written without them.
+    #[serde(default)]
+    pub without: Vec<PathBuf>,
+}
+
+/// A snapshot that comes with its volume, as with `serve --snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreToServe {
+    /// The snapshot's own name.
+    pub snapshot: String,
+    /// The path of its COW store, absolute.
+    pub cow: PathBuf,
+    /// How far the store may grow.
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
+    /// The chunk size of a store that is to be made.
+    #[serde(default)]
+    pub chunk_bytes: Option<u64>,
+    /// What a full store means.
+    #[serde(default)]
+    pub kind: Kind,
+    /// Refuse writes to it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Make the store even where something else is.
+    #[serde(default)]
+    pub format: bool,
+    /// It has seen every write to the disk, though the disk's list does not name it.
+    #[serde(default)]
+    pub adopt: bool,
+}
+
+/// Serve a disk no longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRemove {
+    /// Which.
+    pub name: String,
+    /// Even while clients are attached: they are dropped.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Part with a client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disconnect {
+    /// [`ClientReport::id`].
+    pub client: u64,
+}
+
+/// What has happened.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventsWanted {
+    /// Only what came behind this number; without it, all that is kept, or when
+    /// following, what comes from now on.
+    #[serde(default)]
+    pub after: Option<u64>,
+    /// Go on telling.
+    #[serde(default)]
+    pub follow: bool,
 }
 
 /// A snapshot's name in its two parts.
@@ -114,6 +260,26 @@ pub enum Kind {
     Transient,
 }
 
+impl From<Kind> for StoreKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Persistent => Self::Persistent,
+            Kind::Overflow => Self::PersistentOverflow,
+            Kind::Transient => Self::Transient,
+        }
+    }
+}
+
+impl From<StoreKind> for Kind {
+    fn from(kind: StoreKind) -> Self {
+        match kind {
+            StoreKind::Persistent => Self::Persistent,
+            StoreKind::PersistentOverflow => Self::Overflow,
+            StoreKind::Transient => Self::Transient,
+        }
+    }
+}
+
 /// Which snapshots.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -132,88 +298,6 @@ pub struct SnapshotRemove {
     /// Delete the files of their stores too.
     #[serde(default)]
     pub delete_cow: bool,
-}
-
-/// What an order brought.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Answer {
-    /// Snapshots, in the order in which they were asked for, or are served.
-    Snapshots(Vec<SnapshotReport>),
-    /// Volumes, in the order in which they are served.
-    Volumes(Vec<VolumeReport>),
-}
-
-/// A snapshot, and how it is doing.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotReport {
-    /// Its export, `VOLUME@NAME`.
-    pub name: String,
-    /// The volume it is of.
-    pub volume: String,
-    /// Its own name.
-    pub snapshot: String,
-    /// How it is doing.
-    pub state: SnapshotState,
-    /// The path of its COW store.
-    pub cow: PathBuf,
-    /// Where its exceptions live, and what a full store means.
-    pub kind: Kind,
-    /// Writes to it are refused.
-    pub read_only: bool,
-    /// When it was taken; null if that was before this server started.
-    pub taken_at: Option<u64>,
-    /// Its size.
-    pub bytes: u64,
-    /// The unit of copying.
-    pub chunk_bytes: u64,
-    /// Of its store, used so far, metadata included; null unless active.
-    pub allocated_bytes: Option<u64>,
-    /// Of these, metadata.
-    pub metadata_bytes: Option<u64>,
-    /// Of these, old chunks and the snapshot's own.
-    pub data_bytes: Option<u64>,
-    /// How far the store may grow.
-    pub limit_bytes: Option<u64>,
-    /// What is left of that.
-    pub free_bytes: Option<u64>,
-    /// At which rate it has filled of late, in bytes a second.
-    pub fill_bytes_per_second: Option<u64>,
-    /// When it will be full if that goes on, in seconds from now.
-    pub full_in_seconds: Option<u64>,
-    /// Clients attached to it.
-    pub clients: u64,
-    /// The line that `dmsetup status` has for it.
-    pub status: String,
-}
-
-/// How a snapshot is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SnapshotState {
-    /// Well.
-    Active,
-    /// Its store is full; it can be read.
-    Overflow,
-    /// It is lost.
-    Invalid,
-}
-
-/// A volume.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VolumeReport {
-    /// Its export.
-    pub name: String,
-    /// The path of its disk.
-    pub disk: PathBuf,
-    /// Its size.
-    pub bytes: u64,
-    /// Writes to it are refused.
-    pub read_only: bool,
-    /// Its snapshots' exports, in the order in which they are served.
-    pub snapshots: Vec<String>,
-    /// Clients attached to the origin.
-    pub clients: u64,
 }
 
 impl std::fmt::Display for SnapshotName {

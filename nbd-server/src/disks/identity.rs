@@ -111,6 +111,23 @@ impl Taken {
         self.files.retain(|(_, other, _)| other != role);
     }
 
+    /// Nothing of a volume is used any more: neither its disk nor its stores.
+    pub fn give_back_volume(&mut self, volume: &str) {
+        self.files.retain(|(_, role, _)| match role {
+            Role::Origin(name) => name != volume,
+            Role::Cow(export) => export.split('@').next() != Some(volume),
+        });
+    }
+
+    /// The snapshot `from` is called `to` from now on.
+    pub fn rename_cow(&mut self, from: &str, to: &str) {
+        for (_, role, _) in &mut self.files {
+            if *role == Role::Cow(from.to_owned()) {
+                *role = Role::Cow(to.to_owned());
+            }
+        }
+    }
+
     /// The store of the snapshot `export` is not used any more.
     pub fn give_back_cow(&mut self, export: &str) {
         self.give_back(&Role::Cow(export.to_owned()));

@@ -42,6 +42,7 @@ impl SnapshotPlan {
                     kind: request.kind,
                     limit: request.size,
                     adopted: false,
+                    merging: false,
                     cow,
                 });
                 Ok(())

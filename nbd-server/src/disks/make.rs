@@ -25,6 +25,7 @@ struct Prepared {
     read_only: bool,
     kind: StoreKind,
     limit: Option<u64>,
+    merging: bool,
     disk: OpenDisk,
     work: Work,
     scratch: Option<Scratch>,
@@ -47,7 +48,7 @@ impl Plan {
     /// Do what was planned. Everything that may fail for want of space comes
     /// first, for all stores; headers are written last, so that a failure leaves
     /// no store behind.
-    pub fn carry_out(self, making: &mut dyn Making) -> Result<Opened, Refusal> {
+    pub fn carry_out(self, taken: &mut Taken, making: &mut dyn Making) -> Result<Opened, Refusal> {
         for volume in &self.volumes {
             settle_origin(volume)?;
         }
@@ -80,16 +81,11 @@ impl Plan {
                 snapshots,
             });
         }
-        let mut taken = self.taken;
         for volume in &volumes {
-            note_made(&mut taken, &volume.name, &volume.snapshots);
+            note_made(taken, &volume.name, &volume.snapshots);
         }
         undo.keep();
-        Ok(Opened {
-            volumes,
-            notes,
-            taken,
-        })
+        Ok(Opened { volumes, notes })
     }
 }
 
@@ -147,6 +143,7 @@ fn prepare(
         kind,
         limit,
         adopted: _,
+        merging,
         cow,
     } = snapshot;
     let mut scratch = None;
@@ -164,6 +161,7 @@ fn prepare(
         read_only,
         kind,
         limit,
+        merging,
         disk,
         work,
         scratch,
@@ -276,6 +274,7 @@ fn finish(
         read_only,
         kind,
         limit,
+        merging,
         disk,
         work,
         scratch,
@@ -300,6 +299,7 @@ fn finish(
         fresh,
         read_only,
         limit,
+        merging,
         scratch,
     })
 }

@@ -76,6 +76,8 @@ pub struct SnapshotRequest {
     pub adopt: bool,
     /// There must be a store already.
     pub must_exist: bool,
+    /// It is being merged into the disk, and that goes on.
+    pub merging: bool,
 }
 
 /// What [`inspect`] found: everything open and locked, and what is to be done.
@@ -83,7 +85,6 @@ pub struct SnapshotRequest {
 pub struct Plan {
     volumes: Vec<PlannedVolume>,
     notes: Vec<Note>,
-    taken: Taken,
 }
 
 #[derive(Debug)]
@@ -102,6 +103,7 @@ struct PlannedSnapshot {
     /// How far its file may grow, as it was asked for.
     limit: Option<u64>,
     adopted: bool,
+    merging: bool,
     cow: PlannedCow,
 }
 
@@ -121,8 +123,6 @@ pub struct Opened {
     pub volumes: Vec<OpenVolume>,
     /// What to tell.
     pub notes: Vec<Note>,
-    /// Which files are in use now.
-    pub taken: Taken,
 }
 
 /// The file of a transient store that began empty. What it holds means nothing
@@ -143,33 +143,37 @@ impl Scratch {
 }
 
 /// Open, lock and check everything, changing nothing.
-pub fn inspect(requests: Vec<VolumeRequest>) -> Result<Plan, Refusal> {
+pub fn inspect(requests: Vec<VolumeRequest>, taken: &mut Taken) -> Result<Plan, Refusal> {
     let mut plan = Plan::default();
-    plan.add(requests)?;
+    plan.add(requests, taken)?;
     Ok(plan)
 }
 
 impl Plan {
-    /// Open, lock and check these too. What is refused is not in the plan.
-    pub fn add(&mut self, requests: Vec<VolumeRequest>) -> Result<(), Refusal> {
-        let before = self.taken.mark();
-        let added = self.inspect(requests);
-        match added {
+    /// Open, lock and check these too. What is refused is not in the plan, nor in
+    /// `taken`.
+    pub fn add(&mut self, requests: Vec<VolumeRequest>, taken: &mut Taken) -> Result<(), Refusal> {
+        let before = taken.mark();
+        match self.inspect(requests, taken) {
             Ok(volumes) => self.volumes.extend(volumes),
             Err(refusal) => {
-                self.taken.back_to(before);
+                taken.back_to(before);
                 return Err(refusal);
             }
         }
         Ok(())
     }
 
-    fn inspect(&mut self, requests: Vec<VolumeRequest>) -> Result<Vec<PlannedVolume>, Refusal> {
+    fn inspect(
+        &mut self,
+        requests: Vec<VolumeRequest>,
+        taken: &mut Taken,
+    ) -> Result<Vec<PlannedVolume>, Refusal> {
         // All origins first: a store that is somebody's origin is then refused by
         // that name, whatever the order of the arguments.
         let mut origins = Vec::new();
         for request in requests {
-            let disk = open::origin(&request, &mut self.taken)?;
+            let disk = open::origin(&request, taken)?;
             origins.push((request, disk));
         }
         let mut volumes = Vec::new();
@@ -177,7 +181,7 @@ impl Plan {
             let mut snapshots = Vec::new();
             for wanted in &request.snapshots {
                 let role = Role::Cow(names::export(&request.name, &wanted.name));
-                let found = open::cow(&wanted.cow, request.read_only, role, &mut self.taken)?;
+                let found = open::cow(&wanted.cow, request.read_only, role, taken)?;
                 let origin = Origin::of(&disk, request.read_only);
                 snapshots.push(PlannedSnapshot {
                     name: wanted.name.clone(),
@@ -185,6 +189,7 @@ impl Plan {
                     kind: wanted.kind,
                     limit: wanted.size,
                     adopted: wanted.adopt,
+                    merging: wanted.merging,
                     cow: cow::plan(wanted, &origin, found, &mut self.notes)?,
                 });
             }
@@ -199,13 +204,9 @@ impl Plan {
     }
 
     /// Take the last volume that was added out again: it is not served after all.
-    pub fn drop_last(&mut self) {
+    pub fn drop_last(&mut self, taken: &mut Taken) {
         if let Some(volume) = self.volumes.pop() {
-            for snapshot in &volume.snapshots {
-                let export = names::export(&volume.name, &snapshot.name);
-                self.taken.give_back_cow(&export);
-            }
-            self.taken.give_back(&Role::Origin(volume.name));
+            taken.give_back_volume(&volume.name);
         }
     }
 }

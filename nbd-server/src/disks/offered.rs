@@ -40,6 +40,8 @@ pub struct OfferedStore {
     pub is_missing: bool,
     /// The operator says that it has seen every write.
     pub adopted: bool,
+    /// It is being merged into the disk.
+    pub merging: bool,
 }
 
 impl Plan {
@@ -80,5 +82,6 @@ fn offered(snapshot: &PlannedSnapshot) -> OfferedStore {
         is_old,
         is_missing,
         adopted: snapshot.adopted,
+        merging: snapshot.merging,
     }
 }

@@ -195,6 +195,11 @@ pub enum Cause {
         "it is being rolled back to the store {0}, which is not there: without it the disk is a mixture of two times; bring the store back"
     )]
     MergeMissing(String),
+    /// The same disk, to be served read-only.
+    #[error(
+        "it is being rolled back to the store {0}, and is a mixture of two times until that is done: serve it without --read-only, so that it can go on"
+    )]
+    MergeReadOnly(String),
     /// A store that was used before, but not with this disk, or not all the time.
     #[error(
         "is not on the list of stores of {0}, so that it may have missed writes to it: if you know that it has not (the kernel or LVM had them both), add ',adopt'"

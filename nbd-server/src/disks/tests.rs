@@ -54,6 +54,7 @@ impl Bench {
             format: false,
             adopt: false,
             must_exist: false,
+            merging: false,
         }
     }
 

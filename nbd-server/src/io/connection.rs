@@ -8,8 +8,9 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::SystemTime;
 
-use nbdsnap_engine::View;
+use nbdsnap_engine::{Command, View};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags};
@@ -21,7 +22,7 @@ use super::shard::NewConnection;
 use super::sys;
 use crate::nbd::outbox::Outbox;
 use crate::nbd::reply::ReadOf;
-use crate::nbd::transmission::{Terms, Transmission};
+use crate::nbd::transmission::{Call, Terms, Transmission};
 
 /// Replies are sent as soon as this much has gathered: the client works on them
 /// while the rest is being made.
@@ -58,6 +59,17 @@ enum Outgoing {
     Lost,
 }
 
+/// What a client has asked for since it attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Requests.
+    pub requests: u64,
+    /// Bytes to be read.
+    pub read_bytes: u64,
+    /// Bytes to be written.
+    pub written_bytes: u64,
+}
+
 /// A connection in transmission.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -75,6 +87,12 @@ pub(super) struct Connection {
     outgoing: Outgoing,
     requests: usize,
     bytes: usize,
+    /// What it has asked for so far.
+    pub(super) traffic: Traffic,
+    /// When it attached.
+    pub(super) since: SystemTime,
+    /// It has to go: a socket that takes no more is given up.
+    is_dismissed: bool,
     /// Reads that wait until the client has taken earlier replies.
     waiting_reads: VecDeque<ReadOf>,
     /// Parsing stopped with requests left: it has to go on by itself, since no
@@ -101,6 +119,9 @@ impl Connection {
             outgoing: Outgoing::Open,
             requests: 0,
             bytes: 0,
+            traffic: Traffic::default(),
+            since: SystemTime::now(),
+            is_dismissed: false,
             waiting_reads: VecDeque::new(),
             is_held: false,
             is_touched: false,
@@ -129,6 +150,16 @@ impl Connection {
     /// Nothing more is read from the client.
     pub(super) fn end_input(&mut self) {
         self.incoming = Incoming::Ended;
+    }
+
+    /// The same, and the client gets no time to take what it is owed: what its
+    /// socket does not hold is dropped.
+    pub(super) fn dismiss(&mut self) {
+        self.end_input();
+        self.is_dismissed = true;
+        if self.outgoing == Outgoing::Blocked {
+            self.lose();
+        }
     }
 
     /// More may come in, and may be taken.
@@ -195,6 +226,18 @@ impl Connection {
             || self.bytes + self.outbox.len() >= BYTES_MAX
     }
 
+    /// Count a request that has come.
+    pub(super) fn count(&mut self, call: &Call) {
+        self.traffic.requests += 1;
+        match call {
+            Call::Read { len, .. } => self.traffic.read_bytes += u64::from(*len),
+            Call::Command(Command::Write { data, .. }) => {
+                self.traffic.written_bytes += data.len() as u64;
+            }
+            _ => {}
+        }
+    }
+
     /// Requests that are under way.
     pub(super) fn in_flight(&self) -> usize {
         self.requests
@@ -234,7 +277,7 @@ impl Connection {
         while !self.outbox.is_empty() && self.outgoing == Outgoing::Open {
             match uninterrupted(|| send_once(&self.socket, &self.outbox)) {
                 Ok(sent) => self.outbox.advance(sent),
-                Err(Errno::AGAIN) => self.outgoing = Outgoing::Blocked,
+                Err(Errno::AGAIN) if !self.is_dismissed => self.outgoing = Outgoing::Blocked,
                 Err(_) => self.lose(),
             }
         }

@@ -22,6 +22,7 @@ pub mod file;
 mod helpers;
 mod hosted;
 mod mailbox;
+mod news;
 mod pace;
 mod poller;
 mod shard;
@@ -29,7 +30,11 @@ pub(crate) mod sys;
 mod table;
 
 pub use census::ClientStatus;
-pub use hosted::{HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, Views, VolumeOrder};
+pub use connection::Traffic;
+pub use hosted::{
+    HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Views, VolumeOrder,
+};
+pub use news::{Herald, News, What};
 pub use shard::{NewConnection, Shard};
 
 /// Names a volume within a server. Never used again.

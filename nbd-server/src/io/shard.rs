@@ -20,6 +20,7 @@ use super::connection::Connection;
 use super::helpers::Helpers;
 use super::hosted::{Hosted, HostedStatus, NewVolume, Views, VolumeOrder};
 use super::mailbox::Mailbox;
+use super::news::Herald;
 use super::pace::Sleeps;
 use super::poller::{EventFlags, Patience, Poller, Ready};
 use super::table::{Key, Table};
@@ -76,6 +77,8 @@ pub(super) enum Message {
     Order(VolumeId, VolumeOrder),
     /// Who is there?
     Census(std::sync::mpsc::Sender<Vec<ClientStatus>>),
+    /// Part with the client of this id; false: it is not here.
+    Disconnect(u64, std::sync::mpsc::Sender<bool>),
     /// Close the volumes, give clients this long to read their replies, end.
     Stop(Duration),
 }
@@ -89,6 +92,8 @@ pub(super) struct Outside {
     pub(super) spares: Spares,
     /// Tells a throttled write from an interrupted one.
     pub(super) sleeps: Sleeps,
+    /// Who listens to what happens here.
+    pub(super) herald: Arc<dyn Herald>,
 }
 
 impl Outside {
@@ -137,7 +142,7 @@ pub struct Shard {
 
 impl Shard {
     /// Start a thread without volumes.
-    pub fn start(number: usize) -> std::io::Result<Self> {
+    pub fn start(number: usize, herald: Arc<dyn Herald>) -> std::io::Result<Self> {
         let mail = Arc::new(Mailbox::new()?);
         let poller = Poller::new(&mail)?;
         let worker = Worker {
@@ -146,12 +151,14 @@ impl Shard {
                 mail: Arc::clone(&mail),
                 spares: Spares::default(),
                 sleeps: Sleeps::default(),
+                herald,
             },
             clients: Clients {
                 table: Table::new(),
                 touched: Vec::new(),
             },
             volumes: BTreeMap::new(),
+            departing: BTreeMap::new(),
             touched_volumes: Vec::new(),
             held: Vec::new(),
             stage: Stage::Serving,
@@ -193,6 +200,14 @@ impl Shard {
         receiver
     }
 
+    /// Part with a client: what it has sent is answered as far as its socket takes
+    /// the answers. False: it is none of this thread's.
+    pub fn disconnect(&self, client: u64) -> Receiver<bool> {
+        let (sender, receiver) = channel();
+        self.mail.post(Message::Disconnect(client, sender));
+        receiver
+    }
+
     /// Take no more requests, finish those under way, make everything durable;
     /// then give clients `patience` to read their replies, and end.
     pub fn stop(&self, patience: Duration) {
@@ -224,9 +239,11 @@ enum Stage {
 /// The thread's own side.
 pub(super) struct Worker {
     poller: Poller,
-    outside: Outside,
+    pub(super) outside: Outside,
     pub(super) clients: Clients,
     pub(super) volumes: BTreeMap<VolumeId, Hosted>,
+    /// Those that are closing in order to leave, and whom to tell.
+    pub(super) departing: BTreeMap<VolumeId, std::sync::mpsc::Sender<bool>>,
     /// Volumes that were given something to do in this turn.
     touched_volumes: Vec<VolumeId>,
     /// Connections that can go on with requests they have already sent.
@@ -252,6 +269,7 @@ impl Worker {
             }
             self.pump_volumes();
             self.settle_clients();
+            self.end_departures();
             if let Some(durable) = self.advance_stage() {
                 return durable;
             }
@@ -310,6 +328,9 @@ impl Worker {
                 Message::Census(report) => {
                     let _ = report.send(self.census());
                 }
+                Message::Disconnect(client, report) => {
+                    let _ = report.send(self.disconnect(client));
+                }
                 Message::Stop(patience) => self.begin_closing(patience),
             }
         }
@@ -328,6 +349,7 @@ impl Worker {
             return;
         }
         let connection = Connection::new(new);
+        self.tell_of(&connection, true);
         let key = self.clients.table.insert(connection);
         self.take_requests(key);
     }
@@ -388,6 +410,7 @@ impl Worker {
             match item {
                 Ok(Some(Item::Call { cookie, call })) => {
                     budget = budget.saturating_sub(call.reply_bytes());
+                    connection.count(&call);
                     hosted.start(key, connection, cookie, call, &mut self.outside);
                 }
                 Ok(Some(Item::Refused { cookie, refusal })) => {
@@ -455,9 +478,10 @@ impl Worker {
     }
 
     /// Forget the connection; its requests run to their end without it.
-    fn part_with(&mut self, key: Key) {
+    pub(super) fn part_with(&mut self, key: Key) {
         if let Some(connection) = self.clients.table.remove(key) {
             tracing::debug!(peer = connection.peer, "client has gone");
+            self.tell_of(&connection, false);
         }
     }
 

@@ -12,7 +12,10 @@
 
 mod admin;
 mod directory;
+pub mod events;
 mod front;
+mod moving;
+mod on_event;
 mod registry;
 pub mod setup;
 mod signals;
@@ -23,32 +26,22 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbdsnap_engine::VolumeConfig;
-
 use crate::control::door::Door;
-use crate::disks::Origin;
-use crate::io::{NewDisk, NewSnapshot, NewVolume, Shard, VolumeId};
+use crate::io::{Herald, Shard};
 use crate::nbd::export::{CatalogError, Export};
 use crate::state::keeper::StateError;
-use admin::{Admin, Administrator};
+use admin::{Admin, Administrator, Mailroom};
 use directory::Directory;
+use events::Events;
 use front::Front;
-use nbdsnap_engine::View;
-use registry::{Registry, SnapshotEntry, SnapshotFacts, Taken, VolumeEntry};
-use setup::{Listener, OpenDisk, OpenVolume, Setup};
+use on_event::Runner;
+use setup::{Listener, Setup};
 
 pub use signals::run;
 pub use status::SnapshotStatus;
 
 /// Clients get this long to read their last replies when the server stops.
 const PARTING: Duration = Duration::from_secs(3);
-/// Memory for old chunks on their way, shared out to all volumes in equal parts.
-const COPY_MEMORY: u64 = 256 << 20;
-/// A volume has this much of it at most, and [`COPY_PIECE`] at least.
-const COPY_MEMORY_OF_ONE: u64 = 64 << 20;
-/// The largest piece in which old chunks are copied.
-const COPY_PIECE: u64 = 1 << 20;
-
 /// Why a server cannot start, or did not end well.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -92,18 +85,22 @@ pub struct RunningServer {
     front: Front,
     admin: Admin,
     door: Option<Door>,
+    runner: Option<Runner>,
 }
 
 impl RunningServer {
     /// Start to serve. When this returns, every new snapshot's instant has been
     /// taken and clients are accepted.
     pub fn start(setup: Setup) -> Result<Self, ServerError> {
+        let events = Arc::new(Events::default());
+        let mailroom = Mailroom::default();
         let mut shards = Vec::new();
         for number in 0..setup.threads.max(1) {
-            let shard = Shard::start(number).map_err(system("start a volume's thread"))?;
+            let herald: Arc<dyn Herald> = Arc::new(mailroom.herald(Arc::clone(&events)));
+            let shard = Shard::start(number, herald).map_err(system("start a volume's thread"))?;
             shards.push(shard);
         }
-        let moved_in = move_in(setup.volumes, &shards).and_then(|registry| {
+        let moved_in = moving::all(setup.volumes, &shards).and_then(|registry| {
             let exports = registry.exports()?;
             Ok((registry, exports))
         });
@@ -135,7 +132,19 @@ impl RunningServer {
             keeper,
             Arc::clone(&directory),
             Arc::clone(&shards),
+            Arc::clone(&events),
+            mailroom,
         );
+        let runner = match setup.on_event.map(|command| Runner::start(events, command)) {
+            None => None,
+            Some(Ok(runner)) => Some(runner),
+            Some(Err(error)) => {
+                drop(administrator);
+                let shards = Arc::into_inner(shards).expect("nobody else has begun");
+                let _ = end_shards(shards);
+                return Err(system("start the thread of --on-event")(error));
+            }
+        };
         let doors = open_doors(
             administrator,
             setup.listeners,
@@ -150,6 +159,7 @@ impl RunningServer {
                 front,
                 admin,
                 door,
+                runner,
             }),
             Err(error) => {
                 let shards = Arc::into_inner(shards).expect("nobody else has begun");
@@ -183,7 +193,10 @@ impl RunningServer {
         let shards = Arc::into_inner(self.shards).expect("everybody has given the handle back");
         let ended = end_shards(shards);
         for volume in registry.into_iter().flat_map(|registry| registry.volumes) {
-            discard_scratch(volume);
+            volume.discard_scratch();
+        }
+        if let Some(runner) = self.runner {
+            runner.stop();
         }
         ended?;
         if failed {
@@ -227,15 +240,6 @@ fn open_doors(
     Ok((admin, front, door))
 }
 
-fn discard_scratch(volume: VolumeEntry) {
-    let files = volume.snapshots.into_iter().filter_map(|one| one.scratch);
-    for file in files {
-        if let Err(error) = file.discard() {
-            tracing::warn!("a transient store could not be emptied: {error}");
-        }
-    }
-}
-
 fn end_shards(shards: Vec<Shard>) -> Result<(), ServerError> {
     for shard in &shards {
         shard.stop(PARTING);
@@ -246,86 +250,5 @@ fn end_shards(shards: Vec<Shard>) -> Result<(), ServerError> {
         Ok(())
     } else {
         Err(ServerError::NotDurable)
-    }
-}
-
-/// Move every volume to its thread, and learn what its snapshots are called there.
-fn move_in(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Registry, ServerError> {
-    let mut answers = Vec::new();
-    let share = COPY_MEMORY / volumes.len().max(1) as u64;
-    let copy_memory = share.clamp(COPY_PIECE, COPY_MEMORY_OF_ONE);
-    for (number, mut volume) in volumes.into_iter().enumerate() {
-        let shard = number % shards.len();
-        let id = VolumeId(number as u32);
-        let facts: Vec<(SnapshotFacts, bool)> = volume
-            .snapshots
-            .iter_mut()
-            .map(|snapshot| (SnapshotFacts::of(snapshot), snapshot.fresh))
-            .collect();
-        let entry = VolumeEntry {
-            name: volume.name.clone(),
-            id,
-            shard,
-            origin: Origin {
-                path: registry::absolute(&volume.disk.path),
-                ..Origin::of(&volume.disk, volume.read_only)
-            },
-            is_block_device: volume.disk.is_block_device,
-            snapshots: Vec::new(),
-        };
-        let answer = shards[shard].host(new_volume(id, volume, copy_memory));
-        answers.push((entry, facts, answer));
-    }
-    let mut registry = Registry::default();
-    for (mut entry, facts, answer) in answers {
-        let views = answer.recv().map_err(|_| ServerError::ThreadEnded)?;
-        let views = views.map_err(ServerError::SnapshotNotTaken)?;
-        for (view, (mut facts, fresh)) in views.into_iter().zip(facts) {
-            facts.read_only |= entry.origin.read_only;
-            let View::Snapshot(id) = view else {
-                unreachable!("a snapshot is no origin");
-            };
-            let taken = if fresh {
-                Taken::AtStart(registry::now())
-            } else {
-                Taken::Before
-            };
-            let bytes = entry.origin.bytes;
-            let snapshot = SnapshotEntry::new(id, bytes, taken, facts);
-            entry.snapshots.push(snapshot);
-        }
-        registry.volumes.push(entry);
-    }
-    Ok(registry)
-}
-
-fn new_volume(id: VolumeId, volume: OpenVolume, copy_memory: u64) -> NewVolume {
-    NewVolume {
-        id,
-        name: volume.name,
-        config: VolumeConfig {
-            origin_bytes: volume.disk.bytes,
-            copy_memory,
-            copy_piece: COPY_PIECE,
-        },
-        disk: new_disk(volume.disk),
-        read_only: volume.read_only,
-        snapshots: volume
-            .snapshots
-            .into_iter()
-            .map(|snapshot| NewSnapshot {
-                name: snapshot.name,
-                store: snapshot.store,
-                disk: new_disk(snapshot.disk),
-                fresh: snapshot.fresh,
-            })
-            .collect(),
-    }
-}
-
-fn new_disk(disk: OpenDisk) -> NewDisk {
-    NewDisk {
-        file: disk.file,
-        is_block_device: disk.is_block_device,
     }
 }

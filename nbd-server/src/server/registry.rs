@@ -14,8 +14,9 @@ use crate::disks::{Origin, Scratch};
 use crate::io::VolumeId;
 use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
+use crate::state::files::{Files, SystemFiles};
 use crate::state::place::settled;
-use crate::state::record::{Full, SnapshotRecord, VolumeRecord};
+use crate::state::record::{Full, IntentFile, SnapshotRecord, VolumeRecord};
 
 /// The volumes, in the order in which they came.
 #[derive(Debug, Default)]
@@ -55,6 +56,18 @@ pub(super) struct SnapshotEntry {
     pub(super) taken: Taken,
     pub(super) scratch: Option<Scratch>,
     pub(super) fill: FillRate,
+    pub(super) merge: MergeState,
+}
+
+/// What has become of an order to merge a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MergeState {
+    /// There is none.
+    None,
+    /// It waits until no client is attached to the origin.
+    Waiting { delete_cow: bool },
+    /// The origin reads as the snapshot, which is no export any more.
+    Begun { delete_cow: bool },
 }
 
 /// When a snapshot was taken.
@@ -148,6 +161,11 @@ impl SnapshotEntry {
             taken,
             scratch: facts.scratch,
             fill: FillRate::new(facts.allocated),
+            merge: if facts.merging {
+                MergeState::Begun { delete_cow: false }
+            } else {
+                MergeState::None
+            },
         }
     }
 }
@@ -165,6 +183,10 @@ pub(super) struct SnapshotFacts {
     pub(super) read_only: bool,
     scratch: Option<Scratch>,
     allocated: u64,
+    /// Its instant is taken now.
+    pub(super) fresh: bool,
+    /// It is being merged into the origin.
+    merging: bool,
 }
 
 impl SnapshotFacts {
@@ -191,11 +213,20 @@ impl SnapshotFacts {
             read_only: snapshot.read_only,
             scratch: snapshot.scratch.take(),
             allocated,
+            fresh: snapshot.fresh,
+            merging: snapshot.merging,
         }
     }
 }
 
 impl SnapshotEntry {
+    /// Its store, as a file that a change deletes.
+    pub(super) fn store_to_give_up(&self) -> Option<IntentFile> {
+        let path = settled(&self.cow);
+        let identity = SystemFiles.identify(&path).ok()??;
+        Some(IntentFile::given_up(path, identity))
+    }
+
     fn record(&self) -> SnapshotRecord {
         SnapshotRecord {
             name: self.name.clone(),
@@ -205,7 +236,7 @@ impl SnapshotEntry {
             read_only: self.read_only,
             on_full: Full::default(),
             auto_extend: None,
-            merging: false,
+            merging: matches!(self.merge, MergeState::Begun { .. }),
         }
     }
 }
@@ -222,8 +253,24 @@ impl VolumeEntry {
         }
     }
 
+    /// The snapshot that it is being merged with, or will be.
+    pub(super) fn merging(&self) -> Option<&SnapshotEntry> {
+        let merges = |entry: &&SnapshotEntry| entry.merge != MergeState::None;
+        self.snapshots.iter().find(merges)
+    }
+
     pub(super) fn snapshot(&self, name: &str) -> Option<&SnapshotEntry> {
         self.snapshots.iter().find(|entry| entry.name == name)
+    }
+
+    /// Nobody uses its stores any more: empty the files of those that were in memory.
+    pub(super) fn discard_scratch(self) {
+        let files = self.snapshots.into_iter().filter_map(|one| one.scratch);
+        for file in files {
+            if let Err(error) = file.discard() {
+                tracing::warn!("a transient store could not be emptied: {error}");
+            }
+        }
     }
 
     fn export(&self) -> Export {
@@ -291,7 +338,8 @@ impl Registry {
             };
             exports.push(volume.export());
             routes.push(route(View::Origin, volume.origin.read_only));
-            for snapshot in &volume.snapshots {
+            let begun = |one: &&SnapshotEntry| matches!(one.merge, MergeState::Begun { .. });
+            for snapshot in volume.snapshots.iter().filter(|one| !begun(one)) {
                 exports.push(volume.snapshot_export(snapshot));
                 routes.push(route(View::Snapshot(snapshot.id), snapshot.read_only));
             }

@@ -41,6 +41,8 @@ pub struct OpenSnapshot {
     pub read_only: bool,
     /// How far its file may grow, as it was asked for, in bytes.
     pub limit: Option<u64>,
+    /// It is being merged into the origin, and that goes on.
+    pub merging: bool,
     /// What is to be done with its file when it is not used any more.
     pub scratch: Option<Scratch>,
 }
@@ -83,4 +85,6 @@ pub struct Setup {
     /// What outlives the server. The change that these volumes are is committed
     /// once every new instant has been taken, before clients come.
     pub records: Records,
+    /// A command for the shell, to be run for every event.
+    pub on_event: Option<String>,
 }

@@ -105,6 +105,7 @@ impl Place {
                 fresh,
                 read_only: false,
                 limit: None,
+                merging: false,
                 scratch: None,
             }],
         };
@@ -115,6 +116,7 @@ impl Place {
             control: None,
             taken: Taken::default(),
             records: crate::state::Records::unchanged().unwrap(),
+            on_event: None,
         };
         RunningServer::start(setup).unwrap()
     }

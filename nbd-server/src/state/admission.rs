@@ -44,7 +44,7 @@ impl From<&OfferedStore> for SnapshotRecord {
             read_only: store.read_only,
             on_full: super::record::Full::default(),
             auto_extend: None,
-            merging: false,
+            merging: store.merging,
         }
     }
 }
@@ -91,6 +91,7 @@ pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
                 format: false,
                 adopt: false,
                 must_exist: true,
+                merging: false,
             })
             .collect(),
     }
@@ -107,8 +108,13 @@ pub fn with_merges<F: Files>(
             continue;
         }
         for store in keeper.list(&request.path)?.stores {
-            let named = |other: &SnapshotRequest| settled(&other.cow) == store.cow;
-            if store.mark == Mark::Merging && !request.snapshots.iter().any(named) {
+            if store.mark != Mark::Merging {
+                continue;
+            }
+            let mut named = request.snapshots.iter_mut();
+            if let Some(named) = named.find(|other| settled(&other.cow) == store.cow) {
+                named.merging = true;
+            } else {
                 request.snapshots.push(SnapshotRequest {
                     name: store.snapshot,
                     cow: store.cow,
@@ -119,6 +125,7 @@ pub fn with_merges<F: Files>(
                     format: false,
                     adopt: false,
                     must_exist: true,
+                    merging: true,
                 });
             }
         }
@@ -133,12 +140,19 @@ pub fn admit<F: Files>(
     volume: &OfferedVolume,
     given_up: &[PathBuf],
 ) -> Result<(), Refusal> {
-    if volume.read_only {
-        return Ok(());
-    }
     let list = keeper
         .list(&volume.disk)
         .map_err(|error| Refusal::new(&volume.disk, Cause::List(error.to_string())))?;
+    if volume.read_only {
+        let mut stores = list.stores.iter();
+        return match stores.find(|store| store.mark == Mark::Merging) {
+            None => Ok(()),
+            Some(store) => Err(Refusal::new(
+                &volume.disk,
+                Cause::MergeReadOnly(shown(&store.cow)),
+            )),
+        };
+    }
     let cows: Vec<PathBuf> = volume.stores.iter().map(|s| settled(&s.cow)).collect();
     let stores = volume.stores.iter().zip(&cows);
     let offered: Vec<Offered<'_>> = stores
@@ -150,6 +164,13 @@ pub fn admit<F: Files>(
         })
         .collect();
     let given_up: Vec<PathBuf> = given_up.iter().map(|path| settled(path)).collect();
+    let broken = |store: &&OfferedStore| store.merging && !store.is_old;
+    if let Some(store) = volume.stores.iter().find(broken) {
+        return Err(Refusal::new(
+            &volume.disk,
+            Cause::MergeMissing(shown(&store.cow)),
+        ));
+    }
     match list.judge(&offered, &given_up).first() {
         None => Ok(()),
         Some(finding) => Err(refusal(&volume.disk, finding)),

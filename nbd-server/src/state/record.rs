@@ -114,6 +114,20 @@ impl State {
         lists
     }
 
+    /// A snapshot, by the names of its volume and its own.
+    pub fn snapshot_mut(&mut self, volume: &str, snapshot: &str) -> Option<&mut SnapshotRecord> {
+        let mut volumes = self.volumes.iter_mut();
+        let volume = volumes.find(|one| one.name == volume)?;
+        volume.snapshots.iter_mut().find(|one| one.name == snapshot)
+    }
+
+    /// Strike a snapshot out.
+    pub fn remove_snapshot(&mut self, volume: &str, snapshot: &str) {
+        for one in self.volumes.iter_mut().filter(|one| one.name == volume) {
+            one.snapshots.retain(|one| one.name != snapshot);
+        }
+    }
+
     /// Every store that a snapshot names.
     pub fn cows(&self) -> BTreeSet<&Path> {
         self.volumes

@@ -123,8 +123,18 @@ impl Session<'_> {
     /// Whether this is what the crash lies in wait for. From then on nothing ends by itself.
     fn watch(&mut self, disk: usize, action: &Action) {
         let wide = self.is_wide_commit(disk, action);
+        let merged = disk > 0 && self.world.merged_slot() == Some(disk - 1);
         if wide {
-            self.world.ledger.count(Tally::WideCommit);
+            self.world.ledger.count(if merged {
+                Tally::MergeTorn
+            } else {
+                Tally::WideCommit
+            });
+        }
+        if let (true, Action::Write { offset, .. }) = (merged, action)
+            && !store_bytes::is_in_area(*offset, self.world.slots[disk - 1].plan.chunk_sectors)
+        {
+            self.world.ledger.count(Tally::MergeInPlace);
         }
         let Some((kind, left)) = &mut self.ambush else {
             return;
@@ -191,6 +201,9 @@ impl Session<'_> {
             return Err(Violation(
                 "a snapshot's creation is stuck: nothing is in flight".into(),
             ));
+        }
+        if self.merge_is_stuck() {
+            return Err(Violation("the merge is stuck: nothing is in flight".into()));
         }
         if self.closing && self.closed.is_none() {
             return Err(Violation("closing is stuck: nothing is in flight".into()));

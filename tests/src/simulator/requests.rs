@@ -2,7 +2,7 @@
 //! is told of both.
 
 use bytes::Bytes;
-use nbdsnap_engine::{Action, Command, Extent, Now, Request, RequestId, View};
+use nbdsnap_engine::{Action, Command, Device, Extent, Now, Request, RequestId, View};
 
 use super::Violation;
 use super::ledger::Tally;
@@ -261,7 +261,10 @@ impl Session<'_> {
             self.compare(slot, cells, issued, now, &found)?;
             return Ok(true);
         }
-        self.world.ledger.count(if slot.is_none() {
+        let in_place = extents.iter().any(|e| e.device != Device::Origin);
+        self.world.ledger.count(if slot.is_none() && in_place {
+            Tally::FastInPlace
+        } else if slot.is_none() {
             Tally::FastWrite
         } else {
             Tally::FastSnapshotWrite

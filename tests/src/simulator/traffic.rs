@@ -31,6 +31,8 @@ pub(super) struct Session<'w> {
     pub(super) pending: BTreeMap<u64, Pending>,
     pub(super) next_id: u64,
     pub(super) injected: Injected,
+    /// The merge was told to rest.
+    pub(super) merge_suspended: bool,
     pub(super) closing: bool,
     pub(super) closed: Option<bool>,
     /// What operations in flight are about, by their tag.
@@ -49,12 +51,14 @@ impl<'w> Session<'w> {
         };
         let mut volume = checks.volume(config);
         volume.set_window(world.plan.window);
+        volume.set_merge_step(world.plan.merge_step);
         Self {
             world,
             volume,
             pending: BTreeMap::new(),
             next_id: 0,
             injected: Injected::default(),
+            merge_suspended: false,
             closing: false,
             closed: None,
             ops: BTreeMap::new(),
@@ -64,6 +68,9 @@ impl<'w> Session<'w> {
 
     /// Take in the snapshot of a store that was opened.
     pub(super) fn attach(&mut self, index: usize, store: Store) {
+        if self.world.take_merge_up(index, &store) {
+            return self.attach_merging(index, store);
+        }
         let id = self.volume.attach_snapshot(store);
         say!(self.world, "  store {index} is snapshot {}", id.0);
         self.world.slots[index].id = Some(id);
@@ -123,6 +130,9 @@ impl<'w> Session<'w> {
         let steps = rng.between(1, plan.steps);
         let pressure = plan.pressure;
         for _ in 0..steps {
+            if self.world.rng.chance(self.world.plan.merges, 64) {
+                self.meddle_with_merge()?;
+            }
             match self.world.rng.below(64) {
                 n if n < pressure => self.burst()?,
                 0..50 => self.end_one()?,
@@ -152,6 +162,9 @@ impl<'w> Session<'w> {
     fn create_somewhere(&mut self, checks: Checks) -> Result<Option<usize>, Violation> {
         let slots = &self.world.slots;
         let another = slots.iter().any(|slot| slot.phase == Phase::Creating);
+        if self.world.merging.is_some() {
+            return Ok(None);
+        }
         if self.closing || (another && self.world.rng.chance(1, 2)) {
             return Ok(None);
         }

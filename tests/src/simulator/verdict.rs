@@ -147,6 +147,7 @@ impl Session<'_> {
         if !p.writes() || matches!(end, End::Failed | End::Refused) {
             return;
         }
+        let merging = p.slot.is_none() && self.world.merged_slot().is_some();
         let World { slots, ledger, .. } = &mut *self.world;
         for (index, slot) in slots.iter_mut().enumerate() {
             let concerned = p.slot.map_or(slot.is_attached(), |own| own == index);
@@ -155,6 +156,10 @@ impl Session<'_> {
             }
             for chunk in p.cells.chunks(slot.plan.chunk_bytes()) {
                 let has = &mut slot.has[chunk as usize];
+                if merging {
+                    // The write may lie in the merging store.
+                    continue;
+                }
                 if slot.phase == Phase::Invalid {
                     slot.doomed |= *has == Has::No && p.slot.is_none() && slot.plan.is_persistent();
                 } else {
@@ -191,7 +196,10 @@ impl Session<'_> {
         };
         self.world.ledger.count(tally);
         if p.changes() && !p.past_end {
-            let refused = matches!(failure, Failure::NotSupported | Failure::ShuttingDown);
+            let refused = matches!(
+                failure,
+                Failure::NotSupported | Failure::ShuttingDown | Failure::NoSuchView
+            );
             self.end_change(p, now, if refused { End::Refused } else { End::Failed });
         }
         Ok(())
@@ -213,13 +221,20 @@ impl Session<'_> {
                 }
             )
             .then_some(Tally::FastOnlyRefused),
-            Failure::NoSuchView => None,
+            // It was handed in while its merge was beginning.
+            Failure::NoSuchView => {
+                let held = p.slot.is_some() && p.slot == self.world.merging.map(|m| m.slot);
+                held.then_some(Tally::HeldByMerge)
+            }
             Failure::Io => self.why_io(p),
         }
     }
 
     fn why_io(&mut self, p: &Pending) -> Option<Tally> {
         let Some(index) = p.slot else {
+            if self.world.merged_slot().is_some() && self.injected.store {
+                return Some(Tally::FailedByError);
+            }
             let durable = p.fua() || p.ask == Ask::Flush;
             if durable && self.injected.origin_flush {
                 return Some(if p.after_failed_flush {
@@ -283,6 +298,9 @@ impl Session<'_> {
             Event::Held(_) | Event::InstantFailed(_) | Event::Removed(_) => {
                 Err(Violation(format!("{event:?}, which nobody asked for")))
             }
+            Event::MergeBegun(id) => self.on_merge_begun(id),
+            Event::Merged(id) => self.on_merged(id),
+            Event::MergeFailed(id, why) => self.on_merge_failed(id, why),
             Event::Closed(well) => {
                 if !self.closing || self.closed.is_some() || !self.pending.is_empty() {
                     return Err(Violation(
@@ -438,6 +456,7 @@ impl Session<'_> {
                         metadata,
                     }),
                 ) => !self.status_is_right(index, allocated, total, metadata),
+                (Phase::Merging, Some(status)) => !self.merge_status_is_right(index, status),
                 _ => true,
             };
             if wrong {

@@ -8,6 +8,7 @@ use nbdsnap_engine::disk::sim::{Faults, Loss, Rng, SimDisk};
 
 use super::Violation;
 use super::ledger::{Ledger, Tally};
+use super::merging::Merging;
 use crate::model::{Crash, Time, ViewModel};
 use crate::pattern::{self, CELLS, Cells, SECTOR, Stamp};
 use crate::store_bytes;
@@ -36,6 +37,8 @@ pub(super) enum Phase {
     Overflowed,
     /// A snapshot that is lost.
     Invalid,
+    /// No snapshot any more, but a part of the origin, which is being merged.
+    Merging,
 }
 
 /// Whether a chunk has an exception.
@@ -151,6 +154,8 @@ pub(super) struct World {
     pub(super) origin: SimDisk,
     pub(super) model: ViewModel,
     pub(super) slots: Vec<Slot>,
+    /// The durable mark of a merge.
+    pub(super) merging: Option<Merging>,
     pub(super) clock: Time,
     pub(super) stamp: Stamp,
     pub(super) crashes_left: u64,
@@ -178,6 +183,7 @@ impl World {
             origin: SimDisk::new(content),
             model: ViewModel::new(sectors as usize * CELLS, |_| 1),
             slots: Vec::new(),
+            merging: None,
             clock: 1,
             stamp: 1,
             crashes_left: crashes,

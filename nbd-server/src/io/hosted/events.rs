@@ -1,12 +1,33 @@
 //! What the volume has to tell: to the operator, in the log, and to whoever had
 //! it move in.
 
-use nbdsnap_engine::{Event, SnapshotId};
+use nbdsnap_engine::{Event, SnapshotId, View};
 
 use super::{Hosted, State};
+use crate::io::news::{News, What};
+use crate::io::shard::Outside;
 
 impl Hosted {
-    pub(super) fn handle_event(&mut self, event: &Event) {
+    /// Tell of what concerns others than whoever ordered it.
+    fn herald(&self, event: &Event, outside: &Outside) {
+        let (id, what) = match event {
+            Event::Invalid(id, why) | Event::Unmarked(id, why) => (*id, What::Invalid(why)),
+            Event::Overflow(id) => (*id, What::Overflow),
+            Event::MergeBegun(id) => (*id, What::MergeBegun),
+            Event::Merged(id) => (*id, What::Merged),
+            Event::MergeFailed(id, why) => (*id, What::MergeFailed(why)),
+            _ => return,
+        };
+        outside.herald.tell(News {
+            volume: self.id,
+            volume_name: self.name.clone(),
+            snapshot: self.stores.get(&id).map(|store| (id, store.name.clone())),
+            what,
+        });
+    }
+
+    pub(super) fn handle_event(&mut self, event: &Event, outside: &Outside) {
+        self.herald(event, outside);
         match event {
             Event::Created(id) => {
                 tracing::info!(export = self.export(*id), "snapshot taken");
@@ -46,6 +67,24 @@ impl Hosted {
                 tracing::error!(volume = self.name, "no snapshot could be taken");
                 self.instant_failed(*instant);
             }
+            Event::MergeBegun(id) => {
+                tracing::info!(
+                    export = self.export(*id),
+                    "the disk has been rolled back to the snapshot; its chunks are merged from now on"
+                );
+                self.merge_begun();
+            }
+            Event::Merged(id) => {
+                tracing::info!(export = self.export(*id), "the snapshot is merged");
+                self.stores.remove(id);
+            }
+            Event::MergeFailed(id, why) => {
+                tracing::error!(
+                    export = self.export(*id),
+                    "the merge has stopped: {why}; the disk goes on reading as the snapshot"
+                );
+                self.merge_failed(why);
+            }
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(
@@ -57,6 +96,15 @@ impl Hosted {
                 self.state = State::Closed(*durable);
             }
         }
+    }
+
+    /// The volume's name, and for a snapshot its own.
+    pub(in crate::io) fn names(&self, view: View) -> (String, Option<(SnapshotId, String)>) {
+        let snapshot = match view {
+            View::Origin => None,
+            View::Snapshot(id) => self.stores.get(&id).map(|store| (id, store.name.clone())),
+        };
+        (self.name.clone(), snapshot)
     }
 
     pub(super) fn export(&self, id: SnapshotId) -> String {

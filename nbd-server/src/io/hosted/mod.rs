@@ -16,8 +16,8 @@ use std::sync::mpsc::Sender;
 
 use bytes::Bytes;
 use nbdsnap_engine::{
-    Command, Device, Extent, Failure, Now, OpId, Outcome, Reply, Request, RequestId, SnapshotId,
-    Status, Store, View, Volume, VolumeConfig,
+    Command, Device, Extent, Failure, MergeProgress, Now, OpId, Outcome, Reply, Request, RequestId,
+    SnapshotId, Status, Store, View, Volume, VolumeConfig,
 };
 
 use crate::io::VolumeId;
@@ -31,7 +31,7 @@ use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
 use orders::Hold;
-pub use orders::{NotHeld, VolumeOrder};
+pub use orders::{NotHeld, NotMerged, VolumeOrder};
 
 /// Threads that wait for the disks of one volume: so many operations at once. Each
 /// volume has its own, so that a disk that hangs holds up nobody else's.
@@ -60,6 +60,8 @@ pub struct NewSnapshot {
     pub disk: NewDisk,
     /// Its instant is still to be taken.
     pub fresh: bool,
+    /// It is being merged into the origin, and that goes on.
+    pub merging: bool,
 }
 
 /// A volume that moves in.
@@ -94,6 +96,8 @@ pub struct HostedStatus {
     pub export: String,
     /// The engine's word.
     pub status: Status,
+    /// How far its merge has come, if it is being merged.
+    pub merge: Option<MergeProgress>,
 }
 
 /// A request that the engine or a helper has.
@@ -167,6 +171,8 @@ pub(super) struct Hosted {
     hold: Option<Hold>,
     /// Snapshots that are being removed, and whom to tell of the end.
     leaving: BTreeMap<SnapshotId, Sender<()>>,
+    /// Whom to tell that a merge has begun.
+    merge: Option<Sender<Result<(), NotMerged>>>,
     /// Not a byte of any store may change.
     stores_read_only: bool,
     /// Memory for one question at a time.
@@ -204,6 +210,8 @@ impl Hosted {
                 let id = volume.create_snapshot(snapshot.store);
                 missing.push(id);
                 id
+            } else if snapshot.merging {
+                volume.attach_merging(snapshot.store)
             } else {
                 volume.attach_snapshot(snapshot.store)
             };
@@ -224,6 +232,7 @@ impl Hosted {
             state: State::Serving,
             hold: None,
             leaving: BTreeMap::new(),
+            merge: None,
             stores_read_only: read_only,
             arrival: Some(Arrival {
                 views,
@@ -463,7 +472,7 @@ impl Hosted {
             self.handle_reply(reply, clients);
         }
         while let Some(event) = self.volume.poll_event() {
-            self.handle_event(&event);
+            self.handle_event(&event, outside);
         }
         self.report_arrival();
         more

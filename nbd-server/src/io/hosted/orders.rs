@@ -3,7 +3,7 @@
 
 use std::sync::mpsc::Sender;
 
-use nbdsnap_engine::{InstantId, SnapshotId, View};
+use nbdsnap_engine::{InstantId, MergeError, SnapshotId, View};
 
 use super::{Hosted, HostedStore, NewSnapshot, State};
 use crate::io::disk::{Disk, LocalDisk};
@@ -32,6 +32,27 @@ pub enum VolumeOrder {
         /// Told when the snapshots' stores are not used any more.
         abandoned: Sender<()>,
     },
+    /// Roll the origin back to a snapshot; its own clients are dropped.
+    Merge {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Only if no client is attached to the origin.
+        only_idle: bool,
+        /// Told when the origin reads as the snapshot.
+        begun: Sender<Result<(), NotMerged>>,
+    },
+    /// Call a snapshot something else.
+    Rename {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Its name from now on.
+        name: String,
+    },
+    /// Close the volume and have it leave: its clients are dropped.
+    Leave {
+        /// Told when its disks are not used any more, and whether all is durable.
+        left: Sender<bool>,
+    },
     /// End a snapshot: its clients are told, and dropped.
     Remove {
         /// Which.
@@ -48,6 +69,17 @@ pub enum NotHeld {
     FlushFailed,
     /// The volume takes no more requests.
     Closing,
+}
+
+/// Why a merge does not begin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotMerged {
+    /// So many clients are attached to the origin.
+    InUse(u64),
+    /// The engine's word.
+    Refused(MergeError),
+    /// It was begun, and an operation failed.
+    Failed(&'static str),
 }
 
 /// An instant that is being prepared, or held.
@@ -79,6 +111,25 @@ impl Hosted {
                 self.volume.remove_snapshot(snapshot);
                 self.leaving.insert(snapshot, removed);
             }
+            VolumeOrder::Merge {
+                snapshot, begun, ..
+            } => match self.volume.begin_merge(snapshot) {
+                Ok(()) if self.volume.merge_progress().is_some() => {
+                    // It had begun and failed: the origin reads as the snapshot already.
+                    let _ = begun.send(Ok(()));
+                }
+                Ok(()) => self.merge = Some(begun),
+                Err(error) => {
+                    let _ = begun.send(Err(NotMerged::Refused(error)));
+                }
+            },
+            VolumeOrder::Rename { snapshot, name } => {
+                if let Some(store) = self.stores.get_mut(&snapshot) {
+                    store.name = name;
+                }
+            }
+            // The rest of it is the thread's.
+            VolumeOrder::Leave { .. } => self.close(),
         }
     }
 
@@ -148,11 +199,29 @@ impl Hosted {
         }
     }
 
+    /// The origin reads as the snapshot.
+    pub(super) fn merge_begun(&mut self) {
+        if let Some(begun) = self.merge.take() {
+            let _ = begun.send(Ok(()));
+        }
+    }
+
+    /// The merge has stopped, perhaps before it began.
+    pub(super) fn merge_failed(&mut self, why: &'static str) {
+        if let Some(begun) = self.merge.take() {
+            let _ = begun.send(Err(NotMerged::Failed(why)));
+        }
+    }
+
     /// Whether clients can be attached to `view`.
     pub(in crate::io) fn has_view(&self, view: View) -> bool {
         match view {
             View::Origin => true,
-            View::Snapshot(id) => self.stores.contains_key(&id) && !self.leaving.contains_key(&id),
+            View::Snapshot(id) => {
+                self.stores.contains_key(&id)
+                    && !self.leaving.contains_key(&id)
+                    && self.volume.merging() != Some(id)
+            }
         }
     }
 }

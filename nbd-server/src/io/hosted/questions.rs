@@ -26,6 +26,10 @@ impl Hosted {
                 snapshot: id,
                 export: self.export(id),
                 status: self.volume.status(id)?,
+                merge: self
+                    .volume
+                    .merge_progress()
+                    .filter(|_| self.volume.merging() == Some(id)),
             })
         })
     }

@@ -6,14 +6,15 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::{SnapshotId, StoreKind};
+use nbdsnap_engine::SnapshotId;
 
 use super::Administrator;
 use super::refusal::Refused;
-use crate::control::protocol::{Answer, Kind, SnapshotCreate, SnapshotName, StoreLimit};
+use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
 use crate::disks::{self, Note, SnapshotPlan, SnapshotRequest};
-use crate::io::{NewDisk, NewSnapshot, NotHeld, VolumeId, VolumeOrder};
+use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
+use crate::server::moving::new_snapshot;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
 use crate::server::setup::OpenSnapshot;
 use crate::state::admission::{Recorded, files_to_make};
@@ -70,10 +71,13 @@ impl Administrator {
         match self.take_all(parts, &mut change) {
             Ok(held) => {
                 made.deed.keep();
-                tell(&made.notes);
+                log_notes(&made.notes);
                 self.enter(held);
                 self.publish();
                 self.keeper.finish(change)?;
+                for name in &create.snapshots {
+                    self.tell(EventKind::Created, name);
+                }
                 self.report_named(&create.snapshots)
             }
             Err(refused) => {
@@ -129,6 +133,12 @@ impl Administrator {
             if wanted[..place].contains(name) {
                 return Err(Refused::Twice(name.clone()));
             }
+            if let Some(merging) = volume.merging() {
+                return Err(Refused::Merging(SnapshotName {
+                    volume: volume.name.clone(),
+                    snapshot: merging.name.clone(),
+                }));
+            }
             if volume.origin.read_only {
                 return Err(Refused::ReadOnly(volume.name.clone()));
             }
@@ -151,11 +161,7 @@ impl Administrator {
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
             cow: create.cow.clone().unwrap_or_else(beside),
-            kind: match create.kind {
-                Kind::Persistent => StoreKind::Persistent,
-                Kind::Overflow => StoreKind::PersistentOverflow,
-                Kind::Transient => StoreKind::Transient,
-            },
+            kind: create.kind.into(),
             chunk: create.chunk_bytes,
             size: create.size.map(|size| match size {
                 StoreLimit::Bytes(bytes) => bytes,
@@ -169,6 +175,7 @@ impl Administrator {
             format: false,
             adopt: false,
             must_exist: false,
+            merging: false,
         };
         plan.add(&name.volume, origin, &request, &mut self.taken)?;
         Ok(())
@@ -187,15 +194,7 @@ impl Administrator {
                 facts: Vec::new(),
             });
             part.facts.push(SnapshotFacts::of(&mut open));
-            part.snapshots.push(NewSnapshot {
-                name: open.name,
-                store: open.store,
-                disk: NewDisk {
-                    file: open.disk.file,
-                    is_block_device: open.disk.is_block_device,
-                },
-                fresh: true,
-            });
+            part.snapshots.push(new_snapshot(open));
         }
         parts.into_values().collect()
     }
@@ -290,7 +289,7 @@ impl Administrator {
 }
 
 /// What disks have to say goes to the log.
-fn tell(notes: &[Note]) {
+pub(super) fn log_notes(notes: &[Note]) {
     for note in notes {
         match note {
             Note::Warning(text) => tracing::warn!("{text}"),

@@ -3,10 +3,14 @@
 //! before a volume is held; what a volume has to do is ordered from its thread,
 //! with a deadline.
 
+mod clients;
 mod create;
+mod merge;
 mod refusal;
 mod remove;
+mod rename;
 mod report;
+mod volumes;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -16,23 +20,27 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
+use super::events::{Events, event_of};
 use super::registry::{Registry, VolumeEntry};
 use crate::control::door::Office;
-use crate::control::protocol::{Answer, Order, Outcome};
+use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
 use crate::disks::Taken;
-use crate::io::Shard;
+use crate::io::{Herald, News, Shard, What};
 use crate::state::admission::state_with;
 use crate::state::files::SystemFiles;
 use crate::state::keeper::{Change, Keeper};
-use crate::state::record::State;
+use crate::state::record::{IntentFile, State};
 use refusal::Refused;
 
 /// How often a thread that does not answer is looked after.
 const LOOK_AFTER: Duration = Duration::from_millis(50);
 
 /// What reaches the administrator.
+#[derive(Debug)]
 enum Letter {
     Order(Order, oneshot::Sender<Outcome>),
+    /// Something has happened that the registry has to follow.
+    News(News),
     Stop,
 }
 
@@ -41,6 +49,7 @@ enum Letter {
 pub(super) struct Admin {
     letters: Sender<Letter>,
     thread: JoinHandle<Registry>,
+    events: Arc<Events>,
 }
 
 /// What the administrator works with.
@@ -51,6 +60,53 @@ pub(super) struct Administrator {
     keeper: Keeper<SystemFiles>,
     directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
+    events: Arc<Events>,
+    /// How many volumes there have been: they are never called the same.
+    volumes: u32,
+    mailroom: Mailroom,
+}
+
+/// Where letters arrive, from before the administrator is there.
+#[derive(Debug)]
+pub(super) struct Mailroom {
+    letters: Sender<Letter>,
+    inbox: Receiver<Letter>,
+}
+
+impl Default for Mailroom {
+    fn default() -> Self {
+        let (letters, inbox) = channel();
+        Self { letters, inbox }
+    }
+}
+
+impl Mailroom {
+    /// For a volume's thread: tells followers of events and, where the registry
+    /// has to follow, the administrator.
+    pub(super) fn herald(&self, events: Arc<Events>) -> impl Herald + use<> {
+        Crier {
+            events,
+            letters: self.letters.clone(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Crier {
+    events: Arc<Events>,
+    letters: Sender<Letter>,
+}
+
+impl Herald for Crier {
+    fn tell(&self, news: News) {
+        if let Some(event) = event_of(&news) {
+            self.events.publish(event);
+        }
+        if matches!(news.what, What::Merged | What::ClientWent { .. }) {
+            // Nobody there: the server is stopping.
+            let _ = self.letters.send(Letter::News(news));
+        }
+    }
 }
 
 impl Administrator {
@@ -60,26 +116,36 @@ impl Administrator {
         keeper: Keeper<SystemFiles>,
         directory: Arc<Directory>,
         shards: Arc<Vec<Shard>>,
+        events: Arc<Events>,
+        mailroom: Mailroom,
     ) -> Self {
         Self {
+            volumes: registry.volumes.len() as u32,
             registry,
             taken,
             keeper,
             directory,
             shards,
+            events,
+            mailroom,
         }
     }
 
     /// Begin to execute orders.
     pub(super) fn start(self) -> std::io::Result<Admin> {
-        let (letters, inbox) = channel();
+        let letters = self.mailroom.letters.clone();
+        let events = Arc::clone(&self.events);
         let builder = std::thread::Builder::new().name("administrator".into());
-        let thread = builder.spawn(move || self.work(&inbox))?;
-        Ok(Admin { letters, thread })
+        let thread = builder.spawn(move || self.work())?;
+        Ok(Admin {
+            letters,
+            thread,
+            events,
+        })
     }
 
-    fn work(mut self, inbox: &Receiver<Letter>) -> Registry {
-        while let Ok(letter) = inbox.recv() {
+    fn work(mut self) -> Registry {
+        while let Ok(letter) = self.mailroom.inbox.recv() {
             match letter {
                 Letter::Order(order, answer) => {
                     let outcome = match self.execute(order) {
@@ -89,6 +155,7 @@ impl Administrator {
                     // Whoever asked may have gone.
                     let _ = answer.send(outcome);
                 }
+                Letter::News(news) => self.hear(&news),
                 Letter::Stop => break,
             }
         }
@@ -100,7 +167,15 @@ impl Administrator {
             Order::SnapshotCreate(create) => self.create(&create),
             Order::SnapshotList(selection) => self.report_snapshots(&selection),
             Order::SnapshotRemove(remove) => self.remove(&remove),
-            Order::VolumeList => self.report_volumes(),
+            Order::SnapshotMerge(merge) => self.merge(&merge),
+            Order::SnapshotCancel(cancel) => self.cancel(&cancel),
+            Order::SnapshotRename(rename) => self.rename(&rename),
+            Order::VolumeList => self.report_volumes(&|_| true),
+            Order::VolumeAdd(add) => self.add_volume(&add),
+            Order::VolumeRemove(remove) => self.remove_volume(&remove),
+            Order::Clients => self.report_clients(),
+            Order::Disconnect(disconnect) => self.disconnect(&disconnect),
+            Order::Events(_) => unreachable!("the door answers it by itself"),
         }
     }
 
@@ -109,6 +184,28 @@ impl Administrator {
     fn recorded(&self) -> State {
         let volumes = self.registry.volumes.iter();
         state_with(&self.keeper, volumes.map(VolumeEntry::record).collect())
+    }
+
+    /// Record a change that makes no file, before it takes effect.
+    fn record(&mut self, edit: impl FnOnce(&mut State)) -> Result<(), Refused> {
+        let change = self.commit_change(edit, Vec::new())?;
+        Ok(self.keeper.finish(change)?)
+    }
+
+    /// The same, of a change that gives files up; [`Keeper::finish`] deletes them.
+    fn commit_change(
+        &mut self,
+        edit: impl FnOnce(&mut State),
+        given_up: Vec<IntentFile>,
+    ) -> Result<Change, Refused> {
+        let mut next = self.recorded();
+        edit(&mut next);
+        let mut change = self.keeper.begin(next, given_up)?;
+        if let Err(error) = self.keeper.commit(&mut change) {
+            self.forget(change);
+            return Err(error.into());
+        }
+        Ok(change)
     }
 
     /// Take a change back that comes to nothing.
@@ -123,6 +220,12 @@ impl Administrator {
         let exports = self.registry.exports();
         self.directory
             .publish(exports.expect("names were checked when they came"));
+    }
+
+    /// Tell followers of what has happened to a snapshot.
+    fn tell(&self, event: EventKind, name: &SnapshotName) {
+        let event = EventReport::new(event).of_volume(&name.volume);
+        self.events.publish(event.of_snapshot(&name.snapshot));
     }
 
     /// Wait for a volume's thread.
@@ -154,7 +257,10 @@ impl Administrator {
 impl Admin {
     /// Where orders are handed in.
     pub(super) fn office(&self) -> Arc<dyn Office> {
-        Arc::new(Desk(self.letters.clone()))
+        Arc::new(Desk {
+            letters: self.letters.clone(),
+            events: Arc::clone(&self.events),
+        })
     }
 
     /// It has ended, though nobody asked it to.
@@ -170,11 +276,18 @@ impl Admin {
 }
 
 /// Where orders are handed in.
-struct Desk(Sender<Letter>);
+struct Desk {
+    letters: Sender<Letter>,
+    events: Arc<Events>,
+}
 
 impl Office for Desk {
     fn submit(&self, order: Order, answer: oneshot::Sender<Outcome>) {
         // Nobody there: the answer's sender is dropped, which says so.
-        let _ = self.0.send(Letter::Order(order, answer));
+        let _ = self.letters.send(Letter::Order(order, answer));
+    }
+
+    fn events(&self) -> &Events {
+        &self.events
     }
 }

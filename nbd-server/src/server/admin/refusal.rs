@@ -45,6 +45,40 @@ pub(super) enum Refused {
     NotHeld(u64),
     #[error(transparent)]
     State(#[from] StateError),
+    #[error(
+        "{0} is being merged, or will be: wait for the end of that ('nbdsnap snapshot status' shows how far it is)"
+    )]
+    Merging(SnapshotName),
+    #[error("{0} is transient: what is merged is a persistent store")]
+    MergeTransient(SnapshotName),
+    #[error("{0} cannot be merged: {1}")]
+    NotMergeable(SnapshotName, String),
+    #[error(
+        "{0} has clients attached ({1}), under which the disk would change: detach them first, or use --when-idle, which waits for that, or --force"
+    )]
+    MergeInUse(String, u64),
+    #[error(
+        "no merge of {0} waits: one that has begun cannot be called off, since the disk reads as the snapshot already"
+    )]
+    NoMergeWaits(SnapshotName),
+    #[error("no client has the id {0}: 'nbdsnap clients' shows those there are")]
+    NoClient(u64),
+    #[error("there is a volume {0:?} already: give this one another name")]
+    VolumeExists(String),
+    #[error("{0} has clients attached ({1}): detach them first, or drop them with --force")]
+    InUse(String, u64),
+    #[error(
+        "{0} was removed, but not everything could be flushed: its last writes may be lost; check the disk and the kernel's log"
+    )]
+    NotDurable(String),
+    #[error(
+        "{0} is being removed, but operations on its disks have not ended within {1} seconds: is one of them stalled?"
+    )]
+    VolumeBusy(String, u64),
+    #[error(
+        "the snapshot {0} could not be taken, and the volume is not served: its disk or its store's failed; see the server's log"
+    )]
+    NotTaken(String),
     #[error("the server is stopping")]
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]

@@ -1,4 +1,4 @@
-//! `snapshot remove`: the keeper forgets first, for from the moment on at which
+//! `snapshot remove`: the records forget it first, for from the moment on at which
 //! the volume lets a snapshot go its store misses writes; then it vanishes from
 //! the lists, its clients are dropped, and its store is given back.
 
@@ -9,14 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::Administrator;
 use super::refusal::Refused;
-use crate::control::protocol::{Answer, SnapshotName, SnapshotRemove};
+use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
 use crate::disks::{shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
-use crate::server::registry::SnapshotEntry;
-use crate::state::files::{Files, SystemFiles};
+use crate::server::registry::{MergeState, SnapshotEntry};
 use crate::state::keeper::Change;
-use crate::state::place::settled;
-use crate::state::record::IntentFile;
+use crate::state::record::State;
 
 /// Operations on a store that is given up end within this time.
 const LEAVE: Duration = Duration::from_secs(30);
@@ -32,6 +30,9 @@ impl Administrator {
                 return Err(Refused::Twice(name.clone()));
             }
             let (_, _, entry) = self.find(name)?;
+            if entry.merge != MergeState::None {
+                return Err(Refused::Merging(name.clone()));
+            }
             if remove.delete_cow && entry.cow_is_block_device {
                 return Err(Refused::DeleteDevice(name.clone(), shown(&entry.cow)));
             }
@@ -61,6 +62,7 @@ impl Administrator {
             self.taken.give_back_cow(&name.to_string());
             let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
             failed = failed.or(cleaned.err());
+            self.tell(EventKind::Removed, name);
         }
         self.keeper.finish(change)?;
         failed.map_or(Ok(answer), Err)
@@ -68,26 +70,19 @@ impl Administrator {
 
     /// Record that the snapshots have gone: from here on their stores may miss writes.
     fn begin_removal(&mut self, remove: &SnapshotRemove) -> Result<Change, Refused> {
-        let mut next = self.recorded();
         let mut given_up = Vec::new();
         for name in &remove.snapshots {
             let (_, _, entry) = self.find(name)?;
-            if remove.delete_cow
-                && let Ok(Some(identity)) = SystemFiles.identify(&settled(&entry.cow))
-            {
-                given_up.push(IntentFile::given_up(settled(&entry.cow), identity));
-            }
-            let volumes = &mut next.volumes;
-            if let Some(volume) = volumes.iter_mut().find(|one| one.name == name.volume) {
-                volume.snapshots.retain(|one| one.name != name.snapshot);
+            if remove.delete_cow {
+                given_up.extend(entry.store_to_give_up());
             }
         }
-        let mut change = self.keeper.begin(next, given_up)?;
-        if let Err(error) = self.keeper.commit(&mut change) {
-            self.forget(change);
-            return Err(error.into());
-        }
-        Ok(change)
+        let edit = |next: &mut State| {
+            for name in &remove.snapshots {
+                next.remove_snapshot(&name.volume, &name.snapshot);
+            }
+        };
+        self.commit_change(edit, given_up)
     }
 
     /// A snapshot, with the thread and the volume it lives on.
@@ -102,7 +97,7 @@ impl Administrator {
     }
 
     /// Take a snapshot that is there out of the registry.
-    fn strike_out(&mut self, name: &SnapshotName) -> (usize, VolumeId, SnapshotEntry) {
+    pub(super) fn strike_out(&mut self, name: &SnapshotName) -> (usize, VolumeId, SnapshotEntry) {
         let volume = self
             .registry
             .volume_mut(&name.volume)
@@ -118,7 +113,11 @@ impl Administrator {
 }
 
 /// See to the file of a store that nobody uses any more.
-fn clean_up(name: &SnapshotName, entry: SnapshotEntry, delete: bool) -> Result<(), Refused> {
+pub(super) fn clean_up(
+    name: &SnapshotName,
+    entry: SnapshotEntry,
+    delete: bool,
+) -> Result<(), Refused> {
     let path = shown(&entry.cow);
     let done = if delete {
         delete_store(&entry)

@@ -2,21 +2,21 @@
 
 use std::collections::BTreeMap;
 
-use nbdsnap_engine::{SnapshotId, Status, StoreKind, View};
+use nbdsnap_engine::{SnapshotId, Status, View};
 use nbdsnap_format::SECTOR_BYTES;
 
 use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{
-    Answer, Kind, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
+    Answer, MergeReport, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
 };
 use crate::io::{ClientStatus, HostedStatus, VolumeId};
 use crate::names;
-use crate::server::registry::{SnapshotEntry, VolumeEntry};
+use crate::server::registry::{MergeState, SnapshotEntry, VolumeEntry};
 
 /// What the volumes' threads say.
 struct Said {
-    statuses: BTreeMap<(VolumeId, SnapshotId), Status>,
+    statuses: BTreeMap<(VolumeId, SnapshotId), HostedStatus>,
     clients: Vec<ClientStatus>,
 }
 
@@ -72,9 +72,12 @@ impl Administrator {
         Ok(Answer::Snapshots(reports))
     }
 
-    pub(super) fn report_volumes(&self) -> Result<Answer, Refused> {
+    /// Those volumes that are `wanted`, by name.
+    pub(super) fn report_volumes(&self, wanted: &dyn Fn(&str) -> bool) -> Result<Answer, Refused> {
         let said = self.ask_shards()?;
-        let volumes = self.registry.volumes.iter().map(|volume| VolumeReport {
+        let volumes = self.registry.volumes.iter();
+        let volumes = volumes.filter(|volume| wanted(&volume.name));
+        let volumes = volumes.map(|volume| VolumeReport {
             name: volume.name.clone(),
             disk: volume.origin.path.clone(),
             bytes: volume.origin.bytes,
@@ -100,7 +103,7 @@ impl Administrator {
             said.statuses.extend(
                 statuses
                     .into_iter()
-                    .map(|one| ((one.volume, one.snapshot), one.status)),
+                    .map(|one| ((one.volume, one.snapshot), one)),
             );
             said.clients.extend(self.wait(shard, &clients, None)?);
         }
@@ -121,23 +124,23 @@ fn report(
     entry: &mut SnapshotEntry,
     said: &Said,
 ) -> SnapshotReport {
-    let status = said.statuses.get(&(volume, entry.id)).copied();
-    let status = status.unwrap_or(Status::Invalid);
+    let hosted = said.statuses.get(&(volume, entry.id));
+    let status = hosted.map_or(Status::Invalid, |hosted| hosted.status);
+    let progress = hosted.and_then(|hosted| hosted.merge);
     let mut report = SnapshotReport {
         name: names::export(volume_name, &entry.name),
         volume: volume_name.to_owned(),
         snapshot: entry.name.clone(),
-        state: match status {
-            Status::Active { .. } => SnapshotState::Active,
-            Status::Overflow => SnapshotState::Overflow,
-            Status::Invalid => SnapshotState::Invalid,
+        state: match (status, entry.merge) {
+            (Status::MergeFailed, _) => SnapshotState::MergeFailed,
+            (_, MergeState::Begun { .. }) => SnapshotState::Merging,
+            (Status::Active { .. }, MergeState::Waiting { .. }) => SnapshotState::MergeWaiting,
+            (Status::Active { .. }, MergeState::None) => SnapshotState::Active,
+            (Status::Overflow, _) => SnapshotState::Overflow,
+            (Status::Invalid, _) => SnapshotState::Invalid,
         },
         cow: entry.cow.clone(),
-        kind: match entry.kind {
-            StoreKind::Persistent => Kind::Persistent,
-            StoreKind::PersistentOverflow => Kind::Overflow,
-            StoreKind::Transient => Kind::Transient,
-        },
+        kind: entry.kind.into(),
         read_only: entry.read_only,
         taken_at: entry.taken.at(),
         bytes: entry.bytes,
@@ -149,6 +152,10 @@ fn report(
         free_bytes: None,
         fill_bytes_per_second: None,
         full_in_seconds: None,
+        merge: progress.map(|progress| MergeReport {
+            left_chunks: progress.left_chunks,
+            total_chunks: progress.total_chunks,
+        }),
         clients: said.clients_of(volume, View::Snapshot(entry.id)),
         status: format!("0 {} snapshot {status}", entry.bytes / SECTOR_BYTES),
     };

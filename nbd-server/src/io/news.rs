@@ -1,0 +1,56 @@
+//! What happens to volumes and clients by itself, rather than by an order: told
+//! to whoever listens, without waiting.
+
+use nbdsnap_engine::{SnapshotId, View};
+
+use super::VolumeId;
+
+/// Something that has happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// To this volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub volume_name: String,
+    /// And to this snapshot of it, with its name.
+    pub snapshot: Option<(SnapshotId, String)>,
+    /// What.
+    pub what: What,
+}
+
+/// What has happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// The snapshot is lost, for this reason.
+    Invalid(&'static str),
+    /// Its store is full: it can still be read.
+    Overflow,
+    /// The origin reads as the snapshot from here on.
+    MergeBegun,
+    /// The snapshot is merged, and gone.
+    Merged,
+    /// The merge has stopped, or did not begin.
+    MergeFailed(&'static str),
+    /// A client has attached.
+    ClientCame {
+        /// Its name within the server.
+        id: u64,
+        /// Who it is.
+        peer: String,
+        /// What it is attached to.
+        view: View,
+    },
+    /// A client has gone.
+    ClientWent {
+        /// Its name within the server.
+        id: u64,
+        /// Who it was.
+        peer: String,
+    },
+}
+
+/// Who listens. Called on the volumes' threads: it must not wait.
+pub trait Herald: Send + Sync + std::fmt::Debug {
+    /// Hear of it.
+    fn tell(&self, news: News);
+}

@@ -1,0 +1,73 @@
+//! `clients` and `disconnect`.
+
+use std::time::UNIX_EPOCH;
+
+use nbdsnap_engine::View;
+
+use super::Administrator;
+use super::refusal::Refused;
+use crate::control::protocol::{Answer, ClientReport, Disconnect};
+use crate::io::ClientStatus;
+use crate::names;
+
+impl Administrator {
+    pub(super) fn report_clients(&self) -> Result<Answer, Refused> {
+        let asked: Vec<_> = self.shards.iter().map(|shard| shard.clients()).collect();
+        let mut clients = Vec::new();
+        for (shard, answer) in asked.into_iter().enumerate() {
+            let here = self.wait(shard, &answer, None)?;
+            clients.extend(here.iter().map(|client| self.client(client)));
+        }
+        clients.sort_by_key(|client: &ClientReport| client.id);
+        Ok(Answer::Clients(clients))
+    }
+
+    pub(super) fn disconnect(&self, disconnect: &Disconnect) -> Result<Answer, Refused> {
+        let Answer::Clients(mut clients) = self.report_clients()? else {
+            unreachable!("clients are what was asked for");
+        };
+        clients.retain(|client| client.id == disconnect.client);
+        let mut found = false;
+        for (number, shard) in self.shards.iter().enumerate() {
+            let answer = shard.disconnect(disconnect.client);
+            found |= self.wait(number, &answer, None)?;
+        }
+        if found {
+            Ok(Answer::Clients(clients))
+        } else {
+            Err(Refused::NoClient(disconnect.client))
+        }
+    }
+
+    fn client(&self, client: &ClientStatus) -> ClientReport {
+        let since = client.since.duration_since(UNIX_EPOCH);
+        ClientReport {
+            id: client.id,
+            peer: client.peer.clone(),
+            export: self.export_of(client),
+            since: since.map_or(0, |since| since.as_secs()),
+            in_flight: client.in_flight,
+            requests: client.traffic.requests,
+            read_bytes: client.traffic.read_bytes,
+            written_bytes: client.traffic.written_bytes,
+            requests_per_second: None,
+            read_bytes_per_second: None,
+            written_bytes_per_second: None,
+        }
+    }
+
+    /// What a client is attached to; a snapshot that has left has no name any more.
+    fn export_of(&self, client: &ClientStatus) -> String {
+        let mut volumes = self.registry.volumes.iter();
+        let Some(volume) = volumes.find(|volume| volume.id == client.volume) else {
+            return String::new();
+        };
+        match client.view {
+            View::Origin => volume.name.clone(),
+            View::Snapshot(id) => {
+                let entry = volume.snapshots.iter().find(|entry| entry.id == id);
+                names::export(&volume.name, entry.map_or("", |entry| &entry.name))
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! `snapshot merge` and `snapshot cancel`: a disk is rolled back to a snapshot.
+//! The records mark it durably before the volume is told; the end comes as news
+//! from the volume's thread.
+
+use std::sync::mpsc::channel;
+
+use nbdsnap_engine::StoreKind;
+
+use super::Administrator;
+use super::refusal::Refused;
+use super::remove::clean_up;
+use crate::control::protocol::{
+    Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
+};
+use crate::io::{News, NotMerged, VolumeOrder, What};
+use crate::server::registry::MergeState;
+use crate::state::record::State;
+
+impl Administrator {
+    pub(super) fn merge(&mut self, merge: &SnapshotMerge) -> Result<Answer, Refused> {
+        let name = &merge.snapshot;
+        let (_, volume, entry) = self.find(name)?;
+        let tries_again = matches!(entry.merge, MergeState::Begun { .. });
+        if entry.kind == StoreKind::Transient {
+            return Err(Refused::MergeTransient(name.clone()));
+        }
+        let volume_entry = self.registry.volume(&name.volume).expect("found above");
+        if volume_entry.origin.read_only {
+            return Err(Refused::ReadOnly(name.volume.clone()));
+        }
+        // One that has failed is taken up again: the engine knows whether it has.
+        if let Some(other) = volume_entry.merging().filter(|_| !tries_again) {
+            return Err(Refused::Merging(SnapshotName {
+                volume: name.volume.clone(),
+                snapshot: other.name.clone(),
+            }));
+        }
+        let delete_cow = merge.delete_cow;
+        let clients = self.origin_clients(volume)?;
+        match merge.clients {
+            MergeClients::Wait if clients > 0 => {
+                self.set_merge(name, MergeState::Waiting { delete_cow });
+                self.tell(EventKind::MergeWaiting, name);
+            }
+            MergeClients::Refuse if clients > 0 && !tries_again => {
+                return Err(Refused::MergeInUse(name.volume.clone(), clients));
+            }
+            MergeClients::Force => self.begin_merge(name, false, delete_cow)?,
+            MergeClients::Wait | MergeClients::Refuse => {
+                self.begin_merge(name, !tries_again, delete_cow)?;
+            }
+        }
+        if self.find(name).is_err() {
+            // A small one may be done by now.
+            return Ok(Answer::Snapshots(Vec::new()));
+        }
+        self.report_named(std::slice::from_ref(name))
+    }
+
+    pub(super) fn cancel(&mut self, cancel: &SnapshotCancel) -> Result<Answer, Refused> {
+        let name = &cancel.snapshot;
+        let (_, _, entry) = self.find(name)?;
+        if !matches!(entry.merge, MergeState::Waiting { .. }) {
+            return Err(Refused::NoMergeWaits(name.clone()));
+        }
+        self.set_merge(name, MergeState::None);
+        self.tell(EventKind::MergeCancelled, name);
+        self.report_named(std::slice::from_ref(name))
+    }
+
+    fn begin_merge(
+        &mut self,
+        name: &SnapshotName,
+        only_idle: bool,
+        delete_cow: bool,
+    ) -> Result<(), Refused> {
+        let (shard, volume, entry) = self.find(name)?;
+        let (snapshot, before) = (entry.id, entry.merge);
+        self.record_merging(name, true)?;
+        // It vanishes from the lists before its clients are dropped.
+        self.set_merge(name, MergeState::Begun { delete_cow });
+        self.publish();
+        let (begun, answer) = channel();
+        let order = VolumeOrder::Merge {
+            snapshot,
+            only_idle,
+            begun,
+        };
+        self.shards[shard].order(volume, order);
+        let refused = match self.wait(shard, &answer, None)? {
+            Ok(()) => return Ok(()),
+            Err(NotMerged::InUse(clients)) => Refused::MergeInUse(name.volume.clone(), clients),
+            Err(NotMerged::Refused(error)) => {
+                Refused::NotMergeable(name.clone(), error.to_string())
+            }
+            Err(NotMerged::Failed(why)) => Refused::NotMergeable(name.clone(), why.to_owned()),
+        };
+        self.set_merge(name, before);
+        self.publish();
+        if before == MergeState::None {
+            self.record_merging(name, false)?;
+        }
+        Err(refused)
+    }
+
+    /// The mark that a restart goes by (durability.md, rule 12).
+    fn record_merging(&mut self, name: &SnapshotName, merging: bool) -> Result<(), Refused> {
+        self.record(|next| {
+            if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
+                one.merging = merging;
+            }
+        })
+    }
+
+    fn set_merge(&mut self, name: &SnapshotName, state: MergeState) {
+        let volume = self.registry.volume_mut(&name.volume);
+        let entries = volume.into_iter().flat_map(|one| &mut one.snapshots);
+        for entry in entries.filter(|entry| entry.name == name.snapshot) {
+            entry.merge = state;
+        }
+    }
+
+    /// Follow what has happened to a volume by itself.
+    pub(super) fn hear(&mut self, news: &News) {
+        match &news.what {
+            What::Merged => self.merged(news),
+            What::ClientWent { .. } if news.snapshot.is_none() => self.origin_left(news),
+            _ => {}
+        }
+    }
+
+    fn merged(&mut self, news: &News) {
+        let Some((id, _)) = &news.snapshot else {
+            return;
+        };
+        let volumes = &self.registry.volumes;
+        let Some(volume) = volumes.iter().find(|volume| volume.id == news.volume) else {
+            return;
+        };
+        let Some(entry) = volume.snapshots.iter().find(|entry| entry.id == *id) else {
+            return;
+        };
+        let delete_cow = matches!(entry.merge, MergeState::Begun { delete_cow: true });
+        let name = SnapshotName {
+            volume: volume.name.clone(),
+            snapshot: entry.name.clone(),
+        };
+        let given_up = entry.store_to_give_up().filter(|_| delete_cow);
+        let edit = |next: &mut State| next.remove_snapshot(&name.volume, &name.snapshot);
+        let change = self.commit_change(edit, given_up.into_iter().collect());
+        let (_, _, entry) = self.strike_out(&name);
+        self.taken.give_back_cow(&name.to_string());
+        self.publish();
+        let cleaned = clean_up(&name, entry, delete_cow);
+        let ended = change.and_then(|change| Ok(self.keeper.finish(change)?));
+        for failed in [ended, cleaned] {
+            if let Err(error) = failed {
+                tracing::warn!(export = %name, "{error}");
+            }
+        }
+        self.tell(EventKind::MergeDone, &name);
+    }
+
+    /// A client of an origin has gone: it may be the last that a merge waits for.
+    fn origin_left(&mut self, news: &News) {
+        let mut volumes = self.registry.volumes.iter();
+        let Some(volume) = volumes.find(|volume| volume.id == news.volume) else {
+            return;
+        };
+        let Some(entry) = volume.merging() else {
+            return;
+        };
+        let MergeState::Waiting { delete_cow } = entry.merge else {
+            return;
+        };
+        let name = SnapshotName {
+            volume: volume.name.clone(),
+            snapshot: entry.name.clone(),
+        };
+        if self.origin_clients(news.volume).unwrap_or(1) > 0 {
+            return;
+        }
+        match self.begin_merge(&name, true, delete_cow) {
+            // Somebody has come again: it goes on waiting.
+            Ok(()) | Err(Refused::MergeInUse(..)) => {}
+            Err(error) => {
+                tracing::error!(export = %name, "the merge that waited cannot begin: {error}");
+                self.set_merge(&name, MergeState::None);
+                self.tell(EventKind::MergeFailed, &name);
+            }
+        }
+    }
+}
