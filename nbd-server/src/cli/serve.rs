@@ -439,8 +439,11 @@ fn lines(volumes: &[OpenVolume], addresses: &[ListenAddr]) -> Vec<String> {
 
 /// Print the lines at once. Whoever started the server may not be listening.
 fn announce(lines: &[String]) {
+    let mut text = lines.join("\n");
+    if !lines.is_empty() {
+        text.push('\n');
+    }
     let mut out = std::io::stdout().lock();
-    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     let _ = out.write_all(text.as_bytes());
     let _ = out.flush();
 }

@@ -307,6 +307,7 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
         control: None,
         taken: Taken::default(),
         records: crate::state::Records::unchanged().unwrap(),
+        on_event: None,
     };
     let refused = RunningServer::start(setup).unwrap_err();
     assert!(matches!(refused, ServerError::Catalog(_)), "{refused}");
