@@ -133,9 +133,8 @@ impl Merge {
             writes: Ranges::default(),
             reads: 0,
             lane: Lane::default(),
-            // What lies in the store counts as never flushed: whoever wrote it
-            // may have been killed.
-            dirty: true,
+            // It was flushed when it was opened, or just before the merge began.
+            dirty: false,
         }
     }
 
@@ -209,6 +208,8 @@ impl Volume {
     /// Looked at whenever the volume comes to rest.
     pub(super) fn advance_merge(&mut self) {
         self.advance_merge_begin();
+        // A flush that was held until now.
+        self.begin_origin_flush();
         self.begin_merge_flush();
         let may_step = !self.merge_suspended && self.phase == Phase::Open;
         let Some(merge) = &self.merge else {

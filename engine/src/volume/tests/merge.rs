@@ -335,3 +335,17 @@ fn a_snapshot_that_fills_under_a_write_to_both_devices_is_lost_and_the_write_goe
     let lost = Event::Invalid(SECOND, "its store is full");
     assert_eq!(rig.events(), [Event::MergeBegun(SnapshotId(0)), lost]);
 }
+
+/// Found by the crash search: nothing was left to hand out but the flush that had
+/// been held, and nobody looked for it.
+#[test]
+fn a_flush_that_was_held_until_the_merge_began_is_answered() {
+    let mut rig = rig_with_two_chunks();
+    rig.volume.suspend_merge();
+    rig.volume.begin_merge(SECOND).unwrap();
+    rig.hand_in(View::Origin, Command::Flush);
+    rig.settle();
+    assert_eq!(rig.events(), [Event::MergeBegun(SECOND)]);
+    assert_eq!(rig.replies.len(), 1);
+    assert_eq!(rig.replies[0].result, Ok(Vec::new()));
+}
