@@ -48,4 +48,7 @@ pub mod volume;
 pub use disk::{Action, Device, DiskError, DiskOp, OpId, Outcome};
 pub use request::{Command, Failure, Reply, Request, RequestId, SnapshotId, View};
 pub use store::{Access, OpenError, Status, Store, StoreIo, StoreKind, StoreSize, StoreSpec};
-pub use volume::{Event, Extent, InstantId, NotHeld, Now, Volume, VolumeConfig};
+pub use volume::{
+    Event, ExtendError, Extent, GrowError, InstantId, NotHeld, Now, OnFull, SnapshotInfo,
+    SnapshotState, Volume, VolumeConfig,
+};

@@ -16,6 +16,8 @@ pub(crate) enum Waiter {
     Request(RequestKey),
     /// The instant of snapshots.
     Instant(InstantId),
+    /// [`Volume::suspend`].
+    Suspension,
 }
 
 /// The flushes of the origin.
@@ -75,13 +77,13 @@ impl Volume {
         }
         self.begin_origin_flush();
         self.advance_lifecycle();
-        !self.ready_ops.is_empty() || !self.runnable.is_empty()
+        !self.ready_ops.is_empty() || (!self.runnable.is_empty() && !self.is_frozen())
     }
 
-    fn begin_store_flush(&mut self, index: usize) {
+    pub(super) fn begin_store_flush(&mut self, index: usize) {
         let snapshot = &mut self.snapshots[index];
         let wanted = snapshot.durable_wanted();
-        let asked = !snapshot.until_flushed.is_empty();
+        let asked = snapshot.flush_wanted || !snapshot.until_flushed.is_empty();
         let Some(commit) = &mut snapshot.commit else {
             // Nothing of a transient store outlives the volume.
             let requests = std::mem::take(&mut snapshot.until_flushed);
@@ -94,6 +96,7 @@ impl Volume {
             return;
         }
         commit.flush_begun();
+        snapshot.flush_wanted = false;
         snapshot.is_flushing = true;
         snapshot.flushing = std::mem::take(&mut snapshot.until_flushed);
         let id = snapshot.id;
@@ -118,6 +121,7 @@ impl Volume {
         }
         if !ok {
             self.fail_all(requests);
+            self.suspending_flush_failed();
             return self.invalidate(index, "a flush of its store failed");
         }
         let commit = snapshot.commit.as_mut().expect("it was looked at above");
@@ -158,6 +162,8 @@ impl Volume {
                 Waiter::Request(request) if ok => self.finish(request),
                 Waiter::Request(request) => self.fail_all([request]),
                 Waiter::Instant(id) => self.instant_flushed(id, ok),
+                Waiter::Suspension if ok => {}
+                Waiter::Suspension => self.suspending_flush_failed(),
             }
         }
     }

@@ -3,7 +3,6 @@
 use nbdsnap_format::OriginChunk;
 
 use super::active::{Effect, RequestKey};
-use super::lifecycle::Phase;
 use super::task::{TaskId, Work};
 use super::{Extent, Now, Purpose, Volume};
 use crate::disk::{Action, Device};
@@ -19,16 +18,22 @@ impl Volume {
         let mutation = self.mutation(request);
         let (start, end) = mutation.window;
         let is_trim = matches!(mutation.effect, Effect::Trim);
+        let unmarked = |s: &Snapshot| s.state == State::Unmarked && start < s.origin_bytes;
+        if !is_trim && self.snapshots.iter().any(unmarked) {
+            self.requests[request].failure = Some(Failure::Io);
+        }
         let task = self.new_task(Work::Mutation(request));
-        if !is_trim {
-            if self.snapshots.iter().any(|s| s.state == State::Unmarked) {
-                self.tasks.remove(task.0);
-                self.requests[request].failure = Some(Failure::Io);
-                return self.window_ended(request);
+        let mut index = 0;
+        while !is_trim && index < self.snapshots.len() && self.requests[request].failure.is_none() {
+            self.wait_for_copies(index, start, end, request, task);
+            index += 1;
+        }
+        if self.requests[request].failure.is_some() {
+            // It ends once what it has been made to wait for has happened.
+            if !self.waits(task) {
+                self.window_ended(request);
             }
-            for index in 0..self.snapshots.len() {
-                self.wait_for_copies(index, start, end, task);
-            }
+            return;
         }
         if self.tasks[task.0].waits == 0 && self.law.reads_before_origin() {
             // Snapshot reads that begin from now on find the copies, so nobody
@@ -42,7 +47,19 @@ impl Volume {
     }
 
     /// Make `task` wait until the snapshot no longer needs `start..end` of the origin.
-    fn wait_for_copies(&mut self, index: usize, start: u64, end: u64, task: TaskId) {
+    fn wait_for_copies(
+        &mut self,
+        index: usize,
+        start: u64,
+        end: u64,
+        request: RequestKey,
+        task: TaskId,
+    ) {
+        // What lies behind its end is no concern of a snapshot's.
+        let end = end.min(self.snapshots[index].origin_bytes);
+        if start >= end {
+            return;
+        }
         match self.snapshots[index].state {
             State::Creating | State::Invalid | State::Removing => return,
             State::Unmarked => unreachable!("refused before"),
@@ -54,7 +71,7 @@ impl Volume {
                     self.tasks[task.0].waits += 1;
                     return;
                 }
-                Err(NoRoom::Full) => self.invalidate(index, "its store is full"),
+                Err(NoRoom::Full) => self.origin_write_found_no_space(index, request, task),
             },
         }
         let snapshot = &mut self.snapshots[index];
@@ -192,20 +209,25 @@ impl Volume {
 
     fn durable_parts(&self, snapshot: &Snapshot, start: u64, end: u64) -> Vec<(u64, u64)> {
         let mut parts: Vec<(u64, u64)> = Vec::new();
-        snapshot.each_run(start, end, |chunk, run| {
+        let mut add = |from: u64, to: u64| match parts.last_mut() {
+            Some(last) if last.1 == from => last.1 = to,
+            _ => parts.push((from, to)),
+        };
+        let its_end = snapshot.origin_bytes.clamp(start, end);
+        snapshot.each_run(start, its_end, |chunk, run| {
             if let Run::Mapped { first, len } = run
                 && snapshot.volatile_slot(first, len, self.law).is_none()
             {
                 let size = snapshot.chunk_size;
                 let from = size.origin_offset(chunk).max(start);
-                let to = size.origin_offset(OriginChunk(chunk.0 + len)).min(end);
-                match parts.last_mut() {
-                    Some(last) if last.1 == from => last.1 = to,
-                    _ => parts.push((from, to)),
-                }
+                let to = size.origin_offset(OriginChunk(chunk.0 + len)).min(its_end);
+                add(from, to);
             }
             true
         });
+        if its_end < end {
+            add(its_end, end);
+        }
         parts
     }
 
@@ -216,7 +238,7 @@ impl Volume {
         len: u64,
         extents: &mut Vec<Extent>,
     ) -> Now {
-        debug_assert_eq!(self.phase, Phase::Open);
+        debug_assert!(self.is_open());
         let end = offset + len;
         let clear = len > 0
             && !self.holding

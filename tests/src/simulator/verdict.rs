@@ -213,7 +213,7 @@ impl Session<'_> {
                 }
             )
             .then_some(Tally::FastOnlyRefused),
-            Failure::NoSuchView => None,
+            Failure::NoSuchView | Failure::NoSpace => None,
             Failure::Io => self.why_io(p),
         }
     }
@@ -280,9 +280,12 @@ impl Session<'_> {
                 self.world.ledger.count(Tally::Overflow);
                 Ok(())
             }
-            Event::Held(_) | Event::InstantFailed(_) | Event::Removed(_) => {
-                Err(Violation(format!("{event:?}, which nobody asked for")))
-            }
+            Event::Filling(..) => Ok(()),
+            Event::Held(_)
+            | Event::InstantFailed(_)
+            | Event::Removed(_)
+            | Event::Full(_)
+            | Event::Suspended(_) => Err(Violation(format!("{event:?}, which nobody asked for"))),
             Event::Closed(well) => {
                 if !self.closing || self.closed.is_some() || !self.pending.is_empty() {
                     return Err(Violation(

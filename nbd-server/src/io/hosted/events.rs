@@ -41,8 +41,18 @@ impl Hosted {
                 tracing::info!(export = self.export(*id), "snapshot removed");
                 self.stores.remove(id);
             }
-            // Nobody here orders instants of several snapshots.
-            Event::Held(_) | Event::InstantFailed(_) => {}
+            Event::Filling(id, percent) => {
+                tracing::info!(
+                    export = self.export(*id),
+                    percent,
+                    "the snapshot's store fills"
+                );
+            }
+            Event::Full(id) => {
+                tracing::warn!(export = self.export(*id), "the snapshot's store is full");
+            }
+            // Nobody here orders these.
+            Event::Held(_) | Event::InstantFailed(_) | Event::Suspended(_) => {}
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(
