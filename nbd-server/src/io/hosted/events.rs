@@ -41,8 +41,6 @@ impl Hosted {
                 tracing::info!(export = self.export(*id), "snapshot removed");
                 self.stores.remove(id);
             }
-            // Nobody here orders instants of several snapshots.
-            Event::Held(_) | Event::InstantFailed(_) => {}
             Event::MergeBegun(id) => tracing::info!(
                 export = self.export(*id),
                 "the disk has been rolled back to the snapshot; its chunks are merged from now on"
@@ -54,6 +52,18 @@ impl Hosted {
                 export = self.export(*id),
                 "the merge has stopped: {why}; the disk goes on reading as the snapshot"
             ),
+            Event::Filling(id, percent) => {
+                tracing::info!(
+                    export = self.export(*id),
+                    percent,
+                    "the snapshot's store fills"
+                );
+            }
+            Event::Full(id) => {
+                tracing::warn!(export = self.export(*id), "the snapshot's store is full");
+            }
+            // Nobody here orders these.
+            Event::Held(_) | Event::InstantFailed(_) | Event::Suspended(_) => {}
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(
