@@ -114,6 +114,7 @@ impl Place {
             control: None,
             taken: Taken::default(),
             on_event: None,
+            defaults: super::setup::Defaults::default(),
         };
         RunningServer::start(setup).unwrap()
     }
