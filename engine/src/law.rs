@@ -38,6 +38,8 @@ pub enum Mutant {
     TrimUncopied,
     /// A FLUSH takes the end of a flush that began before it.
     FlushJoinsRunning,
+    /// A volume is said to be suspended without flushing anything.
+    SuspendWithoutFlush,
     /// A snapshot is said to be removed while operations on its store are in flight.
     RemovedBeforeItsEnd,
     /// A merge takes exceptions off the list before the origin's chunks are durable.
@@ -132,6 +134,11 @@ impl Law {
     /// A trim keeps to what every snapshot has durably copied.
     pub(crate) fn trim_only_copied(self) -> bool {
         self.holds(Mutant::TrimUncopied)
+    }
+
+    /// What a suspended volume has answered is durable.
+    pub(crate) fn flush_before_suspended(self) -> bool {
+        self.holds(Mutant::SuspendWithoutFlush)
     }
 
     /// Nothing is in flight on a store that is said to be removed: whoever gets it

@@ -49,5 +49,6 @@ pub use disk::{Action, Device, DiskError, DiskOp, OpId, Outcome};
 pub use request::{Command, Failure, Reply, Request, RequestId, SnapshotId, View};
 pub use store::{Access, OpenError, Status, Store, StoreIo, StoreKind, StoreSize, StoreSpec};
 pub use volume::{
-    Event, Extent, InstantId, MergeError, MergeProgress, NotHeld, Now, Volume, VolumeConfig,
+    Event, ExtendError, Extent, GrowError, InstantId, MergeError, MergeProgress, NotHeld, Now,
+    OnFull, SnapshotInfo, SnapshotState, Volume, VolumeConfig,
 };

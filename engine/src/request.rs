@@ -101,6 +101,8 @@ pub enum Failure {
     Invalid,
     /// `fast_only` was asked and it would not be fast.
     NotSupported,
+    /// A store is full, and that is what a write gets then (NBD: ENOSPC).
+    NoSpace,
     /// The volume is closing.
     ShuttingDown,
     /// No such snapshot (any more).

@@ -11,9 +11,10 @@ use crate::law::Law;
 use crate::request::{Failure, SnapshotId};
 use crate::store::{Allocation, Allocator, Commit, Status, Store, StoreKind, metadata_sectors};
 use crate::table::{ExceptionTable, Run};
-use crate::volume::Extent;
 use crate::volume::active::RequestKey;
+use crate::volume::full::FILLING;
 use crate::volume::task::TaskId;
+use crate::volume::{Extent, OnFull};
 
 /// Where a snapshot stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +59,15 @@ pub(crate) struct Snapshot {
     pub(crate) id: SnapshotId,
     pub(crate) kind: StoreKind,
     pub(crate) chunk_size: ChunkSize,
+    /// Bytes of the snapshot: those that the origin had at its instant. What is
+    /// written to the origin behind them is no concern of its.
+    pub(crate) origin_bytes: u64,
     pub(crate) state: State,
+    pub(crate) on_full: OnFull,
+    /// [`crate::Event::Full`] has been said since the store was last extended.
+    pub(crate) full: bool,
+    /// How many of the marks of [`crate::Event::Filling`] have been said.
+    pub(crate) filling_said: usize,
     pub(crate) table: ExceptionTable,
     /// Exceptions that are being copied or committed, by origin chunk.
     pub(crate) pending: BTreeMap<u64, Pending>,
@@ -73,10 +82,14 @@ pub(crate) struct Snapshot {
     pub(crate) until_durable: BTreeMap<u64, Vec<TaskId>>,
     /// Who waits for the store to grow.
     pub(crate) until_grown: Vec<TaskId>,
+    /// Who waits for room in a store that is full.
+    pub(crate) until_extended: Vec<TaskId>,
     /// Who waits for the end of [`State::Invalidating`].
     pub(crate) until_invalid: Vec<TaskId>,
     /// Requests that a flush of the store, not begun yet, shall end.
     pub(crate) until_flushed: Vec<RequestKey>,
+    /// A flush is to be begun whether or not anybody waits for it.
+    pub(crate) flush_wanted: bool,
     /// The store was written since the volume took it in.
     pub(crate) touched: bool,
     /// Already in the volume's list of snapshots to look after.
@@ -91,18 +104,28 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    pub(crate) fn new(id: SnapshotId, store: Store, state: State, law: Law) -> Self {
+    pub(crate) fn new(
+        id: SnapshotId,
+        store: Store,
+        state: State,
+        law: Law,
+        origin_bytes: u64,
+    ) -> Self {
         let persistent = store.kind != StoreKind::Transient;
         let slots = store.table.len();
         let layout = store.layout;
         let state = if store.invalid { State::Invalid } else { state };
         let commit =
             (persistent && !store.invalid).then(|| Commit::new(layout, law, slots, store.block));
-        Self {
+        let mut this = Self {
             id,
             kind: store.kind,
             chunk_size: layout.chunk_size(),
+            origin_bytes,
             state,
+            on_full: OnFull::default(),
+            full: false,
+            filling_said: 0,
             table: store.table,
             pending: BTreeMap::new(),
             allocator: Allocator::new(layout, persistent, store.next_free, slots, store.size),
@@ -111,15 +134,27 @@ impl Snapshot {
             until_published: BTreeMap::new(),
             until_durable: BTreeMap::new(),
             until_grown: Vec::new(),
+            until_extended: Vec::new(),
             until_invalid: Vec::new(),
             until_flushed: Vec::new(),
+            flush_wanted: false,
             touched: false,
             listed: false,
             is_flushing: false,
             header: InvalidHeader::Unwritten,
             flushing: Vec::new(),
             layout,
-        }
+        };
+        this.filling_said = this.filling();
+        this
+    }
+
+    /// How many of the marks of [`crate::Event::Filling`] its store has reached.
+    pub(crate) fn filling(&self) -> usize {
+        let allocated = u128::from(self.chunk_size.cow_offset(self.allocator.next_free()));
+        let limit = u128::from(self.allocator.limit());
+        let reached = |&&percent: &&u8| 100 * allocated >= u128::from(percent) * limit;
+        FILLING.iter().take_while(reached).count()
     }
 
     /// It is one of the volume's views: clients may ask for it.
@@ -176,9 +211,14 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Whether every chunk of `start..end` has an exception, all of them durable.
+    /// Whether every chunk of `start..end` that the snapshot has has an exception,
+    /// all of them durable.
     pub(crate) fn is_durable(&self, start: u64, end: u64, law: Law) -> bool {
         let mut all = true;
+        let end = end.min(self.origin_bytes);
+        if start >= end {
+            return all;
+        }
         self.each_run(start, end, |_, run| {
             all = match run {
                 Run::Mapped { first, len } => self.volatile_slot(first, len, law).is_none(),

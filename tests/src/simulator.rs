@@ -17,7 +17,7 @@ mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use nbdsnap_engine::disk::sim::Faults;
+use nbdsnap_engine::disk::sim::{Faults, Rng};
 use nbdsnap_engine::law::{Law, Mutant};
 use nbdsnap_engine::{
     Access, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Volume, VolumeConfig,
@@ -28,7 +28,7 @@ use self::recovery::Made;
 use self::traffic::Session;
 use self::world::{Phase, World, say};
 use crate::model::Crash;
-use crate::workload::Ask;
+use crate::workload::{Ask, Plan};
 
 /// The engine did what it must not, or did not what it must.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +52,17 @@ pub struct Report {
     pub images: Vec<u64>,
     /// What was met.
     pub ledger: Ledger,
+}
+
+/// A place in a small merge for a power cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Cut {
+    /// Chooses the volume and its traffic.
+    pub seed: u64,
+    /// After so many disk operations.
+    pub after: u64,
+    /// Chooses what the power cut leaves.
+    pub salt: u64,
 }
 
 /// Crashes in a run.
@@ -91,6 +102,10 @@ impl Checks {
     pub fn run(self, seed: u64) -> Report {
         let mut world = World::new(seed, CRASHES, self.told);
         let played = catch_unwind(AssertUnwindSafe(|| self.play(&mut world)));
+        Self::report(world, played)
+    }
+
+    fn report(world: World, played: std::thread::Result<Result<(), Violation>>) -> Report {
         let violation = match played {
             Ok(Ok(())) => None,
             Ok(Err(violation)) => Some(violation),
@@ -105,6 +120,32 @@ impl Checks {
             images: world.images,
             ledger: world.ledger,
         }
+    }
+
+    /// Play a small merge, with the power failing after an operation. Where the
+    /// merge ends before that, the report has no image.
+    pub fn cut_merge(self, cut: Cut) -> Report {
+        let mut rng = Rng::new(cut.seed);
+        let plan = Plan::small_merge(&mut rng);
+        let mut world = World::of_plan(rng, plan, 1, self.told);
+        let played = catch_unwind(AssertUnwindSafe(|| self.play_cut(&mut world, cut)));
+        Self::report(world, played)
+    }
+
+    fn play_cut(self, world: &mut World, cut: Cut) -> Result<(), Violation> {
+        let no_crash = "nothing fails before the cut";
+        let mut session = self.recover(world, Crash::Kill)?.expect(no_crash);
+        let ended = session.merge_until(cut.after)?;
+        if ended {
+            return Self::finish(session);
+        }
+        let Session { world, .. } = session;
+        world.crashes_left = 0;
+        world.rng = Rng::new(cut.seed ^ (cut.after << 16) ^ (cut.salt << 48));
+        say!(world, "-- the power fails");
+        world.crash(Crash::Power);
+        let no_crash = "the power fails once";
+        Self::finish(self.recover(world, Crash::Power)?.expect(no_crash))
     }
 
     fn play(self, world: &mut World) -> Result<(), Violation> {

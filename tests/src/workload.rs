@@ -116,6 +116,8 @@ pub enum Ambush {
     StoreFlush,
     /// Growth.
     Grow,
+    /// Anything.
+    Any,
 }
 
 impl Ambush {
@@ -253,6 +255,42 @@ impl Plan {
             faults,
             temper,
         }
+    }
+
+    /// The plan of a small merge: a store with some exceptions, up to two others of
+    /// other chunk sizes with room for all that they may need, and no errors.
+    pub fn small_merge(rng: &mut Rng) -> Self {
+        let mut plan = Self::pick(rng);
+        plan.origin_sectors = rng.between(8, 20);
+        let chunks = |sectors: u64| plan.origin_sectors.div_ceil(sectors);
+        let merged = 1 << rng.below(3);
+        let mut sizes = vec![merged];
+        sizes.extend((0..rng.below(3)).map(|_| 1 << rng.below(4)));
+        let preload = |i: usize, sectors: u64, rng: &mut Rng| match i {
+            0 => rng.between(1, chunks(sectors)),
+            _ => rng.below(chunks(sectors)),
+        };
+        plan.stores = (sizes.iter().enumerate())
+            .map(|(i, &chunk_sectors)| {
+                let room = store_bytes::chunks_for(chunks(chunk_sectors) + 1, chunk_sectors);
+                let limit_sectors = (room + 1) * chunk_sectors;
+                StorePlan {
+                    kind: StoreKind::Persistent,
+                    chunk_sectors,
+                    ready_sectors: limit_sectors,
+                    limit_sectors,
+                    step_chunks: 1,
+                    beginning: Beginning::Preloaded(preload(i, chunk_sectors, rng)),
+                }
+            })
+            .collect();
+        plan.temper = Temper::pick(plan.origin_sectors, rng);
+        plan.depth = [1, 3, 8][rng.index(3)];
+        plan.burst = rng.between(1, 3);
+        plan.merges = 0;
+        plan.merge_step = [512, 2048, 1 << 20][rng.index(3)];
+        plan.faults = Faults::default();
+        plan
     }
 
     fn store(

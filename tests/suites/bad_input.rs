@@ -227,8 +227,7 @@ fn assert_empty(sockets: &tempfile::TempDir, what: &str) {
 
 #[test]
 fn arguments_that_make_no_sense_end_with_status_2() {
-    let cases: [(&str, &[&str]); 16] = [
-        ("no disk", &[]),
+    let cases: [(&str, &[&str]); 15] = [
         ("an unknown option", &["{}/disk.img", "--wrong"]),
         (
             "a snapshot of no volume",

@@ -1,6 +1,6 @@
 //! Which store chunk the next exception gets, and what to do when there is none.
 
-use nbdsnap_format::{CowChunk, Layout};
+use nbdsnap_format::{CowChunk, Layout, SECTOR_BYTES};
 
 use super::StoreSize;
 
@@ -53,6 +53,8 @@ pub(crate) struct Allocator {
     next_free: CowChunk,
     next_slot: u64,
     size: StoreSize,
+    /// Of a size that is not the engine's to change: a device.
+    fixed: bool,
     growing: Growing,
 }
 
@@ -70,6 +72,7 @@ impl Allocator {
             next_free,
             next_slot,
             size,
+            fixed: size.step == 0 && size.ready == size.limit,
             growing: Growing::Idle,
         }
     }
@@ -82,6 +85,25 @@ impl Allocator {
     /// Bytes that the store may come to have.
     pub(crate) fn limit(&self) -> u64 {
         self.size.limit
+    }
+
+    /// Bytes that can be used now.
+    pub(crate) fn ready(&self) -> u64 {
+        self.size.ready
+    }
+
+    /// Let the store become as large as `limit`, in whole sectors. False if it
+    /// may become larger already.
+    pub(crate) fn extend(&mut self, limit: u64) -> bool {
+        let limit = limit / SECTOR_BYTES * SECTOR_BYTES;
+        if limit < self.size.limit / SECTOR_BYTES * SECTOR_BYTES {
+            return false;
+        }
+        self.size.limit = self.size.limit.max(limit);
+        if self.fixed {
+            self.size.ready = self.size.limit;
+        }
+        true
     }
 
     fn has_room(&self, chunk: CowChunk, slot: u64, bytes: u64) -> bool {

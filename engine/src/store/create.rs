@@ -26,6 +26,7 @@ pub(super) fn create(spec: StoreSpec, law: Law, io: &mut dyn StoreIo) -> Result<
         next_free,
         block: Vec::new(),
         invalid: false,
+        origin_bytes: None,
         torn_area: None,
     })
 }

@@ -39,7 +39,9 @@ pub struct StoreSize {
     pub ready: u64,
     /// It may grow up to here by [`Action::Grow`]; equal to `ready` for a block device.
     pub limit: u64,
-    /// How much it grows at a time; 4 chunks at least are taken.
+    /// How much it grows at a time; 4 chunks at least are taken. 0 for a device,
+    /// with `ready` equal to `limit`: it is never asked to grow, and when it is
+    /// extended the new room is there already.
     pub step: u64,
 }
 
@@ -128,6 +130,9 @@ pub struct Store {
     /// The entries of the area block that the next exception falls in.
     pub(crate) block: Vec<Exception>,
     pub(crate) invalid: bool,
+    /// The length of the origin for which it was opened; a new store gets that of
+    /// its instant.
+    pub(crate) origin_bytes: Option<u64>,
     torn_area: Option<u64>,
 }
 

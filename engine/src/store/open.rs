@@ -40,6 +40,7 @@ pub(super) fn open(
         next_free: layout.next_free(None),
         block: Vec::new(),
         invalid: !header.valid,
+        origin_bytes: Some(origin_bytes),
         torn_area: None,
     };
     if store.invalid {

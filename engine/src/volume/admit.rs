@@ -18,7 +18,11 @@ impl Volume {
         if self.phase != Phase::Open {
             return self.reply(request.id, Err(Failure::ShuttingDown));
         }
-        self.admit(request);
+        if self.is_open() {
+            self.admit(request);
+        } else {
+            self.queued.push_back(request);
+        }
     }
 
     /// Take a request in.
@@ -38,7 +42,7 @@ impl Volume {
             Command::Flush => return self.admit_flush(id, view),
         };
         let allocates = matches!(command, Command::Write { .. } | Command::WriteZeroes { .. });
-        if self.check_range(offset, len).is_err() {
+        if self.check_range(view, offset, len).is_err() {
             let failure = if allocates {
                 Failure::PastEnd
             } else {

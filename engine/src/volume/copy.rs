@@ -103,6 +103,7 @@ impl Volume {
             self.emit(Device::Cow(id), Action::Grow { to }, Purpose::Grow(id));
         }
         let allocation = allocated?;
+        self.note_filling(index);
         let snapshot = &mut self.snapshots[index];
         snapshot.touched = true;
         snapshot.add_pending(old, allocation);
@@ -114,7 +115,7 @@ impl Volume {
             allocation,
             overlay,
             piece: (start, start),
-            end: end.min(self.config.origin_bytes),
+            end: end.min(snapshot.origin_bytes),
             held: 0,
         });
         self.next_piece(job);

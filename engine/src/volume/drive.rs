@@ -73,6 +73,7 @@ impl Volume {
                     Err(_) if waiting.is_empty() => Growth::Postponed,
                     Err(_) => Growth::Refused,
                 });
+                self.note_filling(index);
                 self.wake(waiting);
                 if let Err(DiskError::Io(_)) = result {
                     // Not a full disk: what was written before may be lost too.
@@ -198,6 +199,8 @@ impl Volume {
         snapshot.table = ExceptionTable::default();
         let mut woken = take_below(&mut snapshot.until_published, u64::MAX);
         woken.append(&mut snapshot.until_grown);
+        woken.append(&mut snapshot.until_extended);
+        snapshot.flush_wanted = false;
         let origin_writes = take_below(&mut snapshot.until_durable, u64::MAX);
         let unflushed = std::mem::take(&mut snapshot.until_flushed);
         self.wake(woken);

@@ -18,6 +18,8 @@ pub(crate) enum Waiter {
     Instant(InstantId),
     /// The step of a merge.
     Merge,
+    /// [`Volume::suspend`].
+    Suspension,
 }
 
 /// The flushes of a device: the origin, or a store that is merged into it.
@@ -77,7 +79,7 @@ impl Volume {
     pub(super) fn flush_for(&mut self, request: RequestKey) {
         match self.requests[request].view {
             View::Origin => {
-                let devices = 1 + u32::from(self.flush_merge_for(request));
+                let devices = 1 + u32::from(self.flush_merge_for(Waiter::Request(request)));
                 self.requests[request].parts = devices;
                 let lane = &mut self.origin_flush;
                 match &mut lane.running {
@@ -119,13 +121,13 @@ impl Volume {
         }
         self.begin_origin_flush();
         self.advance_lifecycle();
-        !self.ready_ops.is_empty() || !self.runnable.is_empty()
+        !self.ready_ops.is_empty() || (!self.runnable.is_empty() && !self.is_frozen())
     }
 
-    fn begin_store_flush(&mut self, index: usize) {
+    pub(super) fn begin_store_flush(&mut self, index: usize) {
         let snapshot = &mut self.snapshots[index];
         let wanted = snapshot.durable_wanted();
-        let asked = !snapshot.until_flushed.is_empty();
+        let asked = snapshot.flush_wanted || !snapshot.until_flushed.is_empty();
         let Some(commit) = &mut snapshot.commit else {
             // Nothing of a transient store outlives the volume.
             let requests = std::mem::take(&mut snapshot.until_flushed);
@@ -138,6 +140,7 @@ impl Volume {
             return;
         }
         commit.flush_begun();
+        snapshot.flush_wanted = false;
         snapshot.is_flushing = true;
         snapshot.flushing = std::mem::take(&mut snapshot.until_flushed);
         let id = snapshot.id;
@@ -162,6 +165,7 @@ impl Volume {
         }
         if !ok {
             self.fail_all(requests);
+            self.suspending_flush_failed();
             return self.invalidate(index, "a flush of its store failed");
         }
         let commit = snapshot.commit.as_mut().expect("it was looked at above");
@@ -196,6 +200,8 @@ impl Volume {
                 Waiter::Request(request) => self.device_flushed(request, ok),
                 Waiter::Instant(id) => self.instant_flushed(id, ok),
                 Waiter::Merge => self.merge_flushed(ok),
+                Waiter::Suspension if ok => {}
+                Waiter::Suspension => self.suspending_flush_failed(),
             }
         }
     }

@@ -136,10 +136,15 @@ impl Volume {
     }
 
     pub(super) fn advance_instant(&mut self) {
+        // Everything has been flushed, and nothing is in flight.
+        let suspended = self.is_suspended();
+        let frozen = self.is_frozen();
         let Some(instant) = self.instants.front_mut() else {
             return;
         };
         match instant.step {
+            Step::Queued if suspended => self.hold_instant(!self.origin_flush_failed()),
+            Step::Queued if frozen => {}
             Step::Queued if self.law.flush_before_snapshot() => {
                 instant.step = Step::FirstFlush(self.origin_changes);
                 let waiter = Waiter::Instant(instant.id);
@@ -201,6 +206,7 @@ impl Volume {
             return self.end_instant(ok);
         }
         instant.step = Step::Held;
+        self.holding = self.law.drain_before_snapshot();
         self.events.push_back(Event::Held(instant.id));
     }
 
@@ -210,7 +216,9 @@ impl Volume {
             let instant = self.instants.pop_front().expect("an instant is under way");
             for id in instant.snapshots {
                 let index = self.index_of(id).expect("it was added when it was begun");
-                self.snapshots[index].state = State::Active;
+                let snapshot = &mut self.snapshots[index];
+                snapshot.state = State::Active;
+                snapshot.origin_bytes = self.config.origin_bytes;
                 self.events.push_back(Event::Created(id));
             }
         } else {

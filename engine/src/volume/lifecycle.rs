@@ -1,5 +1,7 @@
 //! How snapshots that existed before come in, and the end of the volume.
 
+use nbdsnap_format::SECTOR_BYTES;
+
 use super::{Event, Purpose, Volume};
 use crate::disk::{Action, Device};
 use crate::request::SnapshotId;
@@ -19,11 +21,40 @@ pub(crate) enum Phase {
     Closed,
 }
 
+/// Why an origin cannot have a new length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrowError {
+    /// An origin is whole sectors.
+    #[error("the new length is not whole sectors")]
+    NotSectors,
+    /// It does not shrink.
+    #[error("the origin has {bytes} bytes already")]
+    Smaller {
+        /// Its length.
+        bytes: u64,
+    },
+}
+
 impl Volume {
-    /// Take in a snapshot that existed before: a store that was opened. No
-    /// request may have been handled yet.
+    /// Take in a snapshot that existed before: a store that was opened. Its length
+    /// is that of the origin for which the store was opened: an origin that has
+    /// grown since is longer. No request may have been handled yet.
     pub fn attach_snapshot(&mut self, store: Store) -> SnapshotId {
         self.add_snapshot(store, State::Active)
+    }
+
+    /// The origin's disk has become larger. Its snapshots keep their lengths, and
+    /// what is written behind those is no concern of theirs.
+    pub fn grow_origin(&mut self, new_bytes: u64) -> Result<(), GrowError> {
+        if !new_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(GrowError::NotSectors);
+        }
+        let bytes = self.config.origin_bytes;
+        if new_bytes < bytes {
+            return Err(GrowError::Smaller { bytes });
+        }
+        self.config.origin_bytes = new_bytes;
+        Ok(())
     }
 
     pub(super) fn new_snapshot_id(&mut self) -> SnapshotId {
@@ -32,26 +63,41 @@ impl Volume {
         id
     }
 
+    /// The length of the origin that the store is about.
+    pub(super) fn bytes_of(&self, store: &Store) -> u64 {
+        let bytes = store.origin_bytes.unwrap_or(self.config.origin_bytes);
+        assert!(
+            bytes <= self.config.origin_bytes,
+            "an origin does not shrink under its snapshots"
+        );
+        bytes
+    }
+
     pub(super) fn add_snapshot(&mut self, store: Store, state: State) -> SnapshotId {
+        let bytes = self.bytes_of(&store);
         let id = self.new_snapshot_id();
         self.snapshots
-            .push(Snapshot::new(id, store, state, self.law));
+            .push(Snapshot::new(id, store, state, self.law, bytes));
         id
     }
 
-    /// Answer new requests with [`crate::Failure::ShuttingDown`], let those
-    /// handed in end, commit and flush every store and the origin, as far as they
+    /// Answer new requests with [`crate::Failure::ShuttingDown`], and those too
+    /// that queue in a suspended volume or wait for room in a store; let the others
+    /// that were handed in end, commit and flush every store and the origin, as far as they
     /// were written; then [`Event::Closed`].
     pub fn close(&mut self) {
         if self.phase == Phase::Open {
             self.phase = Phase::Draining;
+            self.end_suspension();
             self.fail_instants_to_be_told();
+            self.end_pauses();
         }
     }
 
     pub(super) fn advance_lifecycle(&mut self) {
-        self.advance_instant();
         self.advance_merge();
+        self.advance_suspension();
+        self.advance_instant();
         self.end_removals();
         if self.phase == Phase::Draining && self.is_drained() {
             self.begin_last_flushes();

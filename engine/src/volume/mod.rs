@@ -15,12 +15,15 @@ mod admit;
 mod copy;
 mod drive;
 mod flush;
+pub(crate) mod full;
+mod info;
 mod instant;
 mod lifecycle;
 mod merge;
 mod origin_write;
 mod removal;
 mod snapshot_write;
+mod suspend;
 pub(crate) mod task;
 #[cfg(test)]
 mod tests;
@@ -32,7 +35,7 @@ use slab::Slab;
 use crate::disk::{Action, Device, DiskOp, OpId};
 use crate::in_flight::{RangeId, Ranges};
 use crate::law::Law;
-use crate::request::{Failure, Reply, SnapshotId, View};
+use crate::request::{Failure, Reply, Request, SnapshotId, View};
 use crate::snapshot::{Snapshot, State};
 use crate::store::Status;
 use active::{Active, RequestKey};
@@ -41,9 +44,13 @@ use flush::Lane;
 use instant::Instant;
 use lifecycle::Phase;
 use merge::{Beginning, Merge, PieceKey};
+use suspend::Suspension;
 use task::{Task, TaskId, Work};
 
+pub use full::{ExtendError, OnFull};
+pub use info::{SnapshotInfo, SnapshotState};
 pub use instant::{InstantId, NotHeld};
+pub use lifecycle::GrowError;
 pub use merge::{MergeError, MergeProgress};
 
 /// A mutation is worked off in windows of this many bytes.
@@ -97,6 +104,15 @@ pub enum Event {
     Unmarked(SnapshotId, &'static str),
     /// A PO store is full: the snapshot can be read, but no more written.
     Overflow(SnapshotId),
+    /// The allocated part of the store's limit has reached so many percent: 50, 80
+    /// or 95, each once until the store is extended.
+    Filling(SnapshotId, u8),
+    /// A write has met the end of the store and waits or fails ([`OnFull::Pause`],
+    /// [`OnFull::Error`]); said once until the store is extended.
+    Full(SnapshotId),
+    /// The volume stands still until [`Volume::resume`], and all that was written
+    /// is durable (false: a flush failed).
+    Suspended(bool),
     /// The instant begun by [`Volume::begin_instant`] can be taken: nothing
     /// changes the origin until it is, or is abandoned.
     Held(InstantId),
@@ -176,6 +192,7 @@ pub struct Volume {
     window: u64,
     law: Law,
     phase: Phase,
+    suspension: Suspension,
     /// In ascending order of id.
     snapshots: Vec<Snapshot>,
     next_snapshot: u32,
@@ -210,6 +227,8 @@ pub struct Volume {
     held: Vec<RequestKey>,
     /// Snapshots that go when nothing is in flight for them.
     removals: Vec<SnapshotId>,
+    /// Requests handed in while the volume is suspended, or on the way there.
+    queued: VecDeque<Request>,
     /// A merge that was ordered and has not begun.
     merge_begins: Option<Beginning>,
     /// The store that is being merged into the origin.
@@ -232,6 +251,7 @@ impl Volume {
             window: WINDOW_BYTES,
             law: Law::default(),
             phase: Phase::Open,
+            suspension: Suspension::Running,
             snapshots: Vec::new(),
             next_snapshot: 0,
             requests: Slab::new(),
@@ -255,6 +275,7 @@ impl Volume {
             holding: false,
             held: Vec::new(),
             removals: Vec::new(),
+            queued: VecDeque::new(),
             merge_begins: None,
             merge: None,
             merge_suspended: false,
@@ -279,7 +300,7 @@ impl Volume {
     /// The next operation to perform, if there is one.
     pub fn poll_disk_op(&mut self) -> Option<DiskOp> {
         loop {
-            while let Some(task) = self.runnable.pop_front() {
+            while let Some(task) = self.next_task() {
                 self.run(task);
             }
             if self.restless >= REST_AFTER {
@@ -311,7 +332,7 @@ impl Volume {
     /// report anything. Otherwise, or when the read would block, the request
     /// goes to [`Volume::handle_request`].
     pub fn read_now(&self, view: View, offset: u64, len: u64, extents: &mut Vec<Extent>) -> Now {
-        if self.phase != Phase::Open || self.check_range(offset, len).is_err() {
+        if !self.is_open() || self.check_range(view, offset, len).is_err() {
             return Now::Queue;
         }
         let before = extents.len();
@@ -335,7 +356,7 @@ impl Volume {
         len: u64,
         extents: &mut Vec<Extent>,
     ) -> Now {
-        if self.phase != Phase::Open || self.check_range(offset, len).is_err() {
+        if !self.is_open() || self.check_range(view, offset, len).is_err() {
             return Now::Queue;
         }
         match view {
@@ -353,7 +374,7 @@ impl Volume {
         len: u64,
         max_extents: usize,
     ) -> Result<Vec<Extent>, Failure> {
-        self.check_range(offset, len)?;
+        self.check_range(view, offset, len)?;
         let mut extents = Vec::new();
         self.resolve(view, offset, offset + len, max_extents, &mut extents)?;
         Ok(extents)
@@ -377,6 +398,8 @@ impl Volume {
             && self.instants.is_empty()
             && self.removals.is_empty()
             && self.merge_is_idle()
+            && self.queued.is_empty()
+            && matches!(self.suspension, Suspension::Running | Suspension::Suspended)
     }
 
     /// The devices there are, the origin first.
@@ -386,9 +409,15 @@ impl Volume {
         (std::iter::once(Device::Origin).chain(cows.map(Device::Cow))).collect()
     }
 
-    fn check_range(&self, offset: u64, len: u64) -> Result<(), Failure> {
+    /// Requests are let in.
+    fn is_open(&self) -> bool {
+        self.phase == Phase::Open && self.suspension == Suspension::Running
+    }
+
+    fn check_range(&self, view: View, offset: u64, len: u64) -> Result<(), Failure> {
+        let bytes = self.view_bytes(view).ok_or(Failure::NoSuchView)?;
         match offset.checked_add(len) {
-            Some(end) if end <= self.config.origin_bytes => Ok(()),
+            Some(end) if end <= bytes => Ok(()),
             _ => Err(Failure::Invalid),
         }
     }

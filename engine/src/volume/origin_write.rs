@@ -3,7 +3,6 @@
 use nbdsnap_format::OriginChunk;
 
 use super::active::{Effect, RequestKey};
-use super::lifecycle::Phase;
 use super::task::{TaskId, Work};
 use super::{Extent, Now, Purpose, Volume};
 use crate::disk::{Action, Device};
@@ -11,6 +10,15 @@ use crate::request::Failure;
 use crate::snapshot::{Snapshot, State};
 use crate::store::{NoRoom, StoreKind};
 use crate::table::Run;
+
+/// Who is going to overwrite a part of the origin.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Writer {
+    /// A write of the origin's client.
+    Client(RequestKey),
+    /// The step of a merge.
+    Merge,
+}
 
 impl Volume {
     /// Look at the current window of a mutation: prepare what is missing and wait
@@ -21,19 +29,21 @@ impl Volume {
         let is_trim = matches!(mutation.effect, Effect::Trim);
         if !is_trim && self.takes_no_writes(start, end) {
             self.requests[request].failure = Some(Failure::Io);
-            return self.window_ended(request);
         }
         let task = self.guarded_task(Work::Mutation(request));
-        if !is_trim {
+        if !is_trim && self.requests[request].failure.is_none() {
             self.wait_for_merge_window(start, end, task);
-            for extent in self.direct_parts(start, end) {
-                let (start, end) = (extent.offset, extent.offset + extent.len);
-                for index in 0..self.snapshots.len() {
-                    self.wait_for_copies(index, start, end, task);
-                }
-            }
+            let direct = self.direct_parts(start, end);
+            self.wait_for_all_copies(&direct, Writer::Client(request), task);
         }
         self.unguard(task);
+        if self.requests[request].failure.is_some() {
+            // It ends once what it has been made to wait for has happened.
+            if !self.waits(task) {
+                self.window_ended(request);
+            }
+            return;
+        }
         if self.tasks[task.0].waits == 0 && self.law.reads_before_origin() {
             // Snapshot reads that begin from now on find the copies, so nobody
             // can come in between for ever.
@@ -49,29 +59,65 @@ impl Volume {
     /// whole, or would not be found again after a crash.
     fn takes_no_writes(&self, start: u64, end: u64) -> bool {
         let merge = self.merge.as_ref();
-        self.snapshots.iter().any(|s| s.state == State::Unmarked)
+        let unmarked = |s: &Snapshot| s.state == State::Unmarked && start < s.origin_bytes;
+        self.snapshots.iter().any(unmarked)
             || merge.is_some_and(|merge| merge.is_doubtful(start, end))
     }
 
     /// The parts of `start..end` that lie in the origin itself: all of it, unless
     /// a merge keeps some in its store.
-    fn direct_parts(&self, start: u64, end: u64) -> impl Iterator<Item = Extent> + use<> {
+    fn direct_parts(&self, start: u64, end: u64) -> Vec<(u64, u64)> {
         let extents = self.origin_extents(start, end);
-        (extents.into_iter()).filter(|extent| extent.device == Device::Origin)
+        let direct = extents.iter().filter(|e| e.device == Device::Origin);
+        direct.map(|e| (e.offset, e.offset + e.len)).collect()
     }
 
-    /// A step of a merge wants to overwrite `start..end` of the origin: make
-    /// `task` wait until the snapshot no longer needs it.
-    pub(super) fn copy_before_merge(&mut self, index: usize, start: u64, end: u64, task: TaskId) {
-        if self.law.siblings_before_merge() {
-            self.wait_for_copies(index, start, end, task);
-        } else if self.snapshots[index].is_readable() {
-            let _ = self.prepare_range(index, start, end);
+    /// Make `task` wait until no snapshot needs `ranges` of the origin any more, or
+    /// until the writer finds that it has to fail.
+    pub(super) fn wait_for_all_copies(
+        &mut self,
+        ranges: &[(u64, u64)],
+        writer: Writer,
+        task: TaskId,
+    ) {
+        for &(start, end) in ranges {
+            for index in 0..self.snapshots.len() {
+                let fails = |request: RequestKey| self.requests[request].failure.is_some();
+                if matches!(writer, Writer::Client(request) if fails(request)) {
+                    return;
+                }
+                self.wait_for_copies(index, start, end, writer, task);
+            }
+        }
+    }
+
+    /// A merge that breaks its rule: the copies are begun, and not waited for.
+    pub(super) fn begin_all_copies(&mut self, ranges: &[(u64, u64)]) {
+        for &(start, end) in ranges {
+            for index in 0..self.snapshots.len() {
+                let snapshot = &self.snapshots[index];
+                let end = end.min(snapshot.origin_bytes);
+                if snapshot.is_readable() && start < end {
+                    let _ = self.prepare_range(index, start, end);
+                }
+            }
         }
     }
 
     /// Make `task` wait until the snapshot no longer needs `start..end` of the origin.
-    fn wait_for_copies(&mut self, index: usize, start: u64, end: u64, task: TaskId) {
+    fn wait_for_copies(
+        &mut self,
+        index: usize,
+        start: u64,
+        end: u64,
+        writer: Writer,
+        task: TaskId,
+    ) {
+        // What lies behind its end is no concern of a snapshot's.
+        let end = end.min(self.snapshots[index].origin_bytes);
+        if start >= end {
+            return;
+        }
         match self.snapshots[index].state {
             State::Creating | State::Invalid | State::Removing => return,
             State::Unmarked => unreachable!("refused before"),
@@ -83,7 +129,7 @@ impl Volume {
                     self.tasks[task.0].waits += 1;
                     return;
                 }
-                Err(NoRoom::Full) => self.invalidate(index, "its store is full"),
+                Err(NoRoom::Full) => self.origin_write_found_no_space(index, writer, task),
             },
         }
         let snapshot = &mut self.snapshots[index];
@@ -238,20 +284,25 @@ impl Volume {
 
     fn durable_parts(&self, snapshot: &Snapshot, start: u64, end: u64) -> Vec<(u64, u64)> {
         let mut parts: Vec<(u64, u64)> = Vec::new();
-        snapshot.each_run(start, end, |chunk, run| {
+        let mut add = |from: u64, to: u64| match parts.last_mut() {
+            Some(last) if last.1 == from => last.1 = to,
+            _ => parts.push((from, to)),
+        };
+        let its_end = snapshot.origin_bytes.clamp(start, end);
+        snapshot.each_run(start, its_end, |chunk, run| {
             if let Run::Mapped { first, len } = run
                 && snapshot.volatile_slot(first, len, self.law).is_none()
             {
                 let size = snapshot.chunk_size;
                 let from = size.origin_offset(chunk).max(start);
-                let to = size.origin_offset(OriginChunk(chunk.0 + len)).min(end);
-                match parts.last_mut() {
-                    Some(last) if last.1 == from => last.1 = to,
-                    _ => parts.push((from, to)),
-                }
+                let to = size.origin_offset(OriginChunk(chunk.0 + len)).min(its_end);
+                add(from, to);
             }
             true
         });
+        if its_end < end {
+            add(its_end, end);
+        }
         parts
     }
 
@@ -262,7 +313,7 @@ impl Volume {
         len: u64,
         extents: &mut Vec<Extent>,
     ) -> Now {
-        debug_assert_eq!(self.phase, Phase::Open);
+        debug_assert!(self.is_open());
         let end = offset + len;
         let free = len > 0
             && !self.holding

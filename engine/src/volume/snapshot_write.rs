@@ -5,6 +5,8 @@ use nbdsnap_format::OriginChunk;
 
 use super::active::{Effect, RequestKey};
 use super::copy::Overlay;
+use super::full::OnFull;
+use super::lifecycle::Phase;
 use super::task::{TaskId, Work};
 use super::{Event, Extent, Now, Purpose, Volume};
 use crate::disk::{Action, Device};
@@ -63,8 +65,8 @@ impl Volume {
                             at = end;
                         }
                         Err(NoRoom::Full) => {
-                            self.snapshot_write_found_no_space(index);
-                            result = Err(Failure::Io);
+                            result = self.snapshot_write_found_no_space(request, index, at, end);
+                            at = end;
                         }
                     }
                 }
@@ -102,26 +104,10 @@ impl Volume {
                 let free = next_pending.map_or(len, |(&next, _)| next - chunk.0);
                 Step::Prepare {
                     old: chunk,
-                    count: self.whole_chunks(snapshot, at, end).clamp(1, free),
+                    count: whole_chunks(snapshot, at, end).clamp(1, free),
                 }
             }
         }
-    }
-
-    /// How many whole chunks `at..end` begins with: they need no old data. What
-    /// there is of the last chunk of the origin counts as a whole.
-    fn whole_chunks(&self, snapshot: &Snapshot, at: u64, end: u64) -> u64 {
-        let size = snapshot.chunk_size;
-        let first = size.origin_chunk(at);
-        if size.origin_offset(first) != at {
-            return 0;
-        }
-        let past = if end == self.config.origin_bytes {
-            size.chunks_to_cover(end)
-        } else {
-            size.origin_chunk(end).0
-        };
-        past - first.0
     }
 
     fn write_to_store(
@@ -215,13 +201,43 @@ impl Volume {
         self.snapshots[index].until_grown.push(task);
     }
 
-    fn snapshot_write_found_no_space(&mut self, index: usize) {
+    /// There is no room for the chunk at `start`: the part from there on waits, or
+    /// the write fails.
+    fn snapshot_write_found_no_space(
+        &mut self,
+        request: RequestKey,
+        index: usize,
+        start: u64,
+        end: u64,
+    ) -> Result<(), Failure> {
+        let merges = self.merge_holds(self.snapshots[index].id);
         let snapshot = &mut self.snapshots[index];
-        if snapshot.kind == StoreKind::PersistentOverflow {
-            snapshot.state = State::Overflowed;
-            self.events.push_back(Event::Overflow(snapshot.id));
-        } else {
-            self.invalidate(index, "a write to it found its store full");
+        match snapshot.on_full {
+            OnFull::Invalidate if snapshot.kind == StoreKind::PersistentOverflow => {
+                snapshot.state = State::Overflowed;
+                self.events.push_back(Event::Overflow(snapshot.id));
+                Err(Failure::Io)
+            }
+            OnFull::Invalidate => {
+                self.invalidate(index, "a write to it found its store full");
+                Err(Failure::Io)
+            }
+            OnFull::Pause if merges => Err(Failure::NoSpace),
+            OnFull::Pause if self.phase == Phase::Open => {
+                self.requests[request].parts += 1;
+                let task = self.new_task(Work::SnapshotPart {
+                    request,
+                    start,
+                    end,
+                });
+                self.pause(index, task);
+                Ok(())
+            }
+            OnFull::Pause => Err(Failure::ShuttingDown),
+            OnFull::Error => {
+                self.say_full(index);
+                Err(Failure::NoSpace)
+            }
         }
     }
 
@@ -260,6 +276,22 @@ impl Volume {
         debug_assert!(resolved.is_ok(), "an active snapshot resolves");
         Now::Go
     }
+}
+
+/// How many whole chunks `at..end` begins with: they need no old data. What
+/// there is of the last chunk of the snapshot counts as a whole.
+fn whole_chunks(snapshot: &Snapshot, at: u64, end: u64) -> u64 {
+    let size = snapshot.chunk_size;
+    let first = size.origin_chunk(at);
+    if size.origin_offset(first) != at {
+        return 0;
+    }
+    let past = if end == snapshot.origin_bytes {
+        size.chunks_to_cover(end)
+    } else {
+        size.origin_chunk(end).0
+    };
+    past - first.0
 }
 
 /// What a snapshot's write does next.

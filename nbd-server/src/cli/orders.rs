@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueHint};
 use serde::Serialize;
 
-use super::Failure;
+use super::{Failure, size};
 use crate::control;
 use crate::control::client::ControlClient;
-use crate::control::protocol::{Answer, Order, SnapshotName};
+use crate::control::protocol::{Answer, Growth, Order, SnapshotName, StoreLimit, WhenFull};
 use crate::names;
 
 /// Options of every verb that gives an order.
@@ -131,6 +131,47 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         )));
     }
     std::path::absolute(path).map_err(Failure::usage)
+}
+
+/// `--on-full`.
+pub(super) fn parse_on_full(text: &str) -> Result<WhenFull, String> {
+    match text {
+        "invalidate" => Ok(WhenFull::Invalidate),
+        "pause" => Ok(WhenFull::Pause),
+        "error" => Ok(WhenFull::Error),
+        _ => Err("there are invalidate, pause and error".into()),
+    }
+}
+
+/// `--auto-extend`.
+pub(super) fn parse_growth(text: &str) -> Result<Growth, String> {
+    let percent = |text: &str| text.strip_suffix('%')?.parse::<u32>().ok();
+    let parts = text
+        .split_once('+')
+        .and_then(|(threshold, step)| Some((percent(threshold)?, percent(step)?)));
+    match parts {
+        Some((threshold_percent @ 1..=99, step_percent @ 1..=1000)) => Ok(Growth {
+            threshold_percent,
+            step_percent,
+        }),
+        _ => Err("write it 80%+20%: from 1 to 99 % on, by 1 to 1000 %".into()),
+    }
+}
+
+/// `--size` of a store.
+pub(super) fn parse_limit(text: &str) -> Result<StoreLimit, String> {
+    let Some((percent, of)) = text.split_once('%') else {
+        return size::parse(text)
+            .map(StoreLimit::Bytes)
+            .map_err(|error| error.to_string());
+    };
+    if !of.is_empty() && of != "ORIGIN" {
+        return Err(format!("'{text}': a share is written 20%ORIGIN"));
+    }
+    match percent.parse() {
+        Ok(percent @ 1..=1000) => Ok(StoreLimit::PercentOfOrigin(percent)),
+        _ => Err(format!("'{text}': a share is 1 to 1000 % of the origin")),
+    }
 }
 
 /// `VOLUME@NAME` on the command line.

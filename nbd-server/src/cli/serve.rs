@@ -17,12 +17,14 @@ use clap::{Args, ValueHint};
 
 use super::Failure;
 use super::listen::{self, Bound};
+use super::orders::{parse_growth, parse_on_full};
 use super::spec::{self, DiskSpec, SnapshotSpec};
 use crate::control;
+use crate::control::protocol::{Growth, WhenFull};
 use crate::disks::{self, Note, Opened, Plan, Taken, VolumeRequest};
 use crate::nbd::uri::ListenAddr;
 use crate::server;
-use crate::server::setup::{Listener, OpenVolume, Setup};
+use crate::server::setup::{Defaults, Listener, OpenVolume, Setup};
 use crate::state::Records;
 use crate::state::admission::{self, Recorded};
 use crate::state::files::SystemFiles;
@@ -105,6 +107,20 @@ pub(super) struct ServeArgs {
     /// are cores, and no more than there are volumes.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+
+    /// What a write means that finds a store full.
+    ///
+    /// Of the disk: 'invalidate' loses the snapshot and goes on, as the kernel does;
+    /// 'pause' waits until the store is extended or the snapshot removed; 'error'
+    /// fails with ENOSPC, and the snapshot lives. For every snapshot that does not
+    /// say otherwise.
+    #[arg(long, value_name = "WHAT", default_value = "invalidate", value_parser = parse_on_full)]
+    on_full: WhenFull,
+
+    /// Let stores grow by themselves: 80%+20% is by 20 % when 80 % are used, up to
+    /// what the disk can ever need. For every snapshot that does not say otherwise.
+    #[arg(long, value_name = "N%+M%", value_parser = parse_growth)]
+    auto_extend: Option<Growth>,
 
     /// Run a command for every event, by the shell, one after the other.
     ///
@@ -206,6 +222,8 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         state,
         without,
         threads,
+        on_full,
+        auto_extend,
         on_event,
     } = args;
     let control = match control {
@@ -225,6 +243,10 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
     })?;
     let Ready { mut setup, lines } = ready;
     setup.on_event = on_event;
+    setup.defaults = Defaults {
+        on_full: on_full.into(),
+        auto_extend,
+    };
     let paths = socket_paths(&setup);
     let mut served = false;
     let ended = server::run(setup, |_| {
@@ -329,6 +351,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
         taken,
         records,
         on_event: None,
+        defaults: Defaults::default(),
     };
     Ok(Ready { setup, lines })
 }

@@ -9,14 +9,14 @@ use super::Failure;
 use super::freeze::Frozen;
 use super::merge::{self, CancelArgs, MergeArgs};
 use super::orders::{
-    ToServer, absolute, beside_the_point, parse_name, parse_snapshot, print, print_json,
-    rough_size, rough_span, table,
+    ToServer, absolute, beside_the_point, parse_growth, parse_limit, parse_name, parse_on_full,
+    parse_snapshot, print, print_json, rough_size, rough_span, table,
 };
 use super::size;
 use crate::control::client::ControlClient;
 use crate::control::protocol::{
-    Answer, Kind, Order, Selection, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotRename,
-    SnapshotReport, SnapshotState, StoreLimit,
+    Answer, Growth, Kind, Order, Selection, SnapshotCreate, SnapshotExtend, SnapshotName,
+    SnapshotRemove, SnapshotRename, SnapshotReport, SnapshotState, StoreLimit, WhenFull,
 };
 
 /// Take, look after and end snapshots of a running server's disks.
@@ -38,6 +38,7 @@ enum SnapshotVerb {
     Status(SelectArgs),
     Remove(RemoveArgs),
     Rename(RenameArgs),
+    Extend(ExtendArgs),
     Merge(MergeArgs),
     Cancel(CancelArgs),
 }
@@ -79,6 +80,16 @@ struct CreateArgs {
     #[arg(long)]
     read_only: bool,
 
+    /// What a write means that finds the store full: 'invalidate', 'pause' or
+    /// 'error'; as the server was started unless said.
+    #[arg(long, value_name = "WHAT", value_parser = parse_on_full)]
+    on_full: Option<WhenFull>,
+
+    /// Let the store grow by itself: 80%+20% is by 20 % when 80 % are used, up to
+    /// what the disk can ever need; as the server was started unless said.
+    #[arg(long, value_name = "N%+M%", value_parser = parse_growth)]
+    auto_extend: Option<Growth>,
+
     /// Run a command before the disks are held, by the shell: freeze a file system,
     /// quiesce a database. If it fails, no snapshot is taken.
     #[arg(long, value_name = "CMD", requires = "thaw")]
@@ -113,6 +124,18 @@ struct RemoveArgs {
     /// disk has been written since, so never serve them with it again.
     #[arg(long)]
     delete_cow: bool,
+}
+
+/// Let a snapshot's store grow further; writes that wait for room go on.
+#[derive(Debug, Args)]
+struct ExtendArgs {
+    /// The snapshot.
+    #[arg(value_name = "VOLUME@NAME", value_parser = parse_snapshot)]
+    snapshot: SnapshotName,
+    /// How far the file may grow from now on: 10G, or 20%ORIGIN. Without it, as far
+    /// as the block device is large by now.
+    #[arg(long, value_name = "SIZE|N%ORIGIN", value_parser = parse_limit)]
+    size: Option<StoreLimit>,
 }
 
 /// Give a snapshot another name. Its clients stay attached.
@@ -164,6 +187,14 @@ pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
                 format!("{old}: is {} from now on\n", one.name)
             })
         }
+        SnapshotVerb::Extend(ExtendArgs { snapshot, size }) => {
+            let order = Order::SnapshotExtend(SnapshotExtend { snapshot, size });
+            let reports = ask(&server, order)?;
+            show(&server, &reports, |one| {
+                let limit = rough_size(one.limit_bytes);
+                format!("{}: its store may grow to {limit}\n", one.name)
+            })
+        }
         SnapshotVerb::Merge(args) => merge::run(&server, args),
         SnapshotVerb::Cancel(args) => merge::cancel(&server, args),
         SnapshotVerb::Remove(args) => {
@@ -202,6 +233,8 @@ fn create(args: CreateArgs) -> Result<Order, Failure> {
         chunk_bytes: args.chunk,
         kind,
         read_only: args.read_only,
+        on_full: args.on_full,
+        auto_extend: args.auto_extend,
     }))
 }
 
@@ -295,19 +328,4 @@ fn state(report: &SnapshotReport) -> &'static str {
 
 fn parse_size(text: &str) -> Result<u64, size::SizeError> {
     size::parse(text)
-}
-
-fn parse_limit(text: &str) -> Result<StoreLimit, String> {
-    let Some((percent, of)) = text.split_once('%') else {
-        return size::parse(text)
-            .map(StoreLimit::Bytes)
-            .map_err(|error| error.to_string());
-    };
-    if !of.is_empty() && of != "ORIGIN" {
-        return Err(format!("'{text}': a share is written 20%ORIGIN"));
-    }
-    match percent.parse() {
-        Ok(percent @ 1..=1000) => Ok(StoreLimit::PercentOfOrigin(percent)),
-        _ => Err(format!("'{text}': a share is 1 to 1000 % of the origin")),
-    }
 }

@@ -11,7 +11,8 @@ use super::orders::{
 use super::serve::{disk_parser, snapshot_parser};
 use super::spec::{DiskSpec, SnapshotSpec};
 use crate::control::protocol::{
-    Answer, Order, StoreToServe, VolumeAdd, VolumeRemove, VolumeReport,
+    Answer, Order, Resume, StoreToServe, Suspend, VolumeAdd, VolumeRemove, VolumeReport,
+    VolumeResize,
 };
 
 /// Look after the volumes of a running server.
@@ -29,6 +30,64 @@ enum VolumeVerb {
     List,
     Add(AddArgs),
     Remove(RemoveArgs),
+    Resize(ResizeArgs),
+}
+
+/// See how large a disk is by now, after it has grown.
+///
+/// Clients see the new size when they attach; snapshots keep theirs.
+#[derive(Debug, Args)]
+struct ResizeArgs {
+    /// The volume.
+    #[arg(value_name = "VOLUME", value_parser = parse_name)]
+    name: String,
+}
+
+/// Have disks stand still: new requests wait, those in flight end, and everything
+/// is flushed. Snapshots can be taken meanwhile.
+#[derive(Debug, Args)]
+pub(super) struct SuspendArgs {
+    /// The volumes.
+    #[arg(value_name = "VOLUME", required = true, value_parser = parse_name)]
+    volumes: Vec<String>,
+    /// Go on after so many seconds, so that a script that dies hangs no disk.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    timeout: Option<u64>,
+    #[command(flatten)]
+    server: ToServer,
+}
+
+/// Have disks go on.
+#[derive(Debug, Args)]
+pub(super) struct ResumeArgs {
+    /// The volumes.
+    #[arg(value_name = "VOLUME", required = true, value_parser = parse_name)]
+    volumes: Vec<String>,
+    #[command(flatten)]
+    server: ToServer,
+}
+
+/// The verb 'suspend'.
+pub(super) fn suspend(args: SuspendArgs) -> Result<(), Failure> {
+    let order = Order::Suspend(Suspend {
+        volumes: args.volumes,
+        timeout_seconds: args.timeout,
+    });
+    let volumes = ask(&args.server, order)?;
+    show(&args.server, &volumes, |one| {
+        format!("{}: stands still, and everything is flushed\n", one.name)
+    })
+}
+
+/// The verb 'resume'.
+pub(super) fn resume(args: ResumeArgs) -> Result<(), Failure> {
+    let order = Order::Resume(Resume {
+        volumes: args.volumes,
+    });
+    let volumes = ask(&args.server, order)?;
+    show(&args.server, &volumes, |one| {
+        format!("{}: goes on\n", one.name)
+    })
 }
 
 /// Serve one more disk, with its snapshots.
@@ -78,6 +137,12 @@ pub(super) fn run(args: VolumeArgs) -> Result<(), Failure> {
             let volumes = ask(&server, add(args)?)?;
             show(&server, &volumes, |one| {
                 format!("{}: served, {}\n", one.name, one.disk.display())
+            })
+        }
+        VolumeVerb::Resize(ResizeArgs { name }) => {
+            let volumes = ask(&server, Order::VolumeResize(VolumeResize { name }))?;
+            show(&server, &volumes, |one| {
+                format!("{}: has {}\n", one.name, super::size::show(one.bytes))
             })
         }
         VolumeVerb::Remove(RemoveArgs { name, force }) => {

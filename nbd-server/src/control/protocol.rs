@@ -8,7 +8,7 @@
 
 use std::path::PathBuf;
 
-use nbdsnap_engine::StoreKind;
+use nbdsnap_engine::{OnFull, StoreKind};
 use serde::{Deserialize, Serialize};
 
 pub use super::reports::*;
@@ -55,6 +55,14 @@ pub enum Order {
     SnapshotList(Selection),
     /// End snapshots. Answer: [`Answer::Snapshots`], as they were.
     SnapshotRemove(SnapshotRemove),
+    /// Let a snapshot's store grow further. Answer: [`Answer::Snapshots`].
+    SnapshotExtend(SnapshotExtend),
+    /// Have volumes stand still. Answer: [`Answer::Volumes`].
+    Suspend(Suspend),
+    /// Have volumes go on. Answer: [`Answer::Volumes`].
+    Resume(Resume),
+    /// See how large a volume's disk is now. Answer: [`Answer::Volumes`].
+    VolumeResize(VolumeResize),
     /// Roll a disk back to a snapshot. Answer: [`Answer::Snapshots`]; none, if the
     /// merge is done already.
     SnapshotMerge(SnapshotMerge),
@@ -234,6 +242,76 @@ pub struct SnapshotCreate {
     /// Refuse writes to the snapshots.
     #[serde(default)]
     pub read_only: bool,
+    /// What a write means that finds a store full; without it, what the server was
+    /// started with.
+    #[serde(default)]
+    pub on_full: Option<WhenFull>,
+    /// Have the stores grow by themselves; without it, as the server was started.
+    #[serde(default)]
+    pub auto_extend: Option<Growth>,
+}
+
+/// What a write means that finds a store full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenFull {
+    /// The snapshot is lost, and the write goes on: as with the kernel's.
+    #[default]
+    Invalidate,
+    /// The write waits until the store is extended or the snapshot removed.
+    Pause,
+    /// The write fails, and the snapshot lives.
+    Error,
+}
+
+/// When and how far a store grows by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Growth {
+    /// When so many percent of it are used, 1 to 99.
+    pub threshold_percent: u32,
+    /// By so many percent of what it has, 1 to 1000, up to what its disk can need.
+    pub step_percent: u32,
+}
+
+/// Let a snapshot's store grow further.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotExtend {
+    /// Which.
+    pub snapshot: SnapshotName,
+    /// How far from now on, not less than before; none for a block device, which is
+    /// measured.
+    #[serde(default)]
+    pub size: Option<StoreLimit>,
+}
+
+/// Have volumes stand still: new requests queue, those in flight end, everything is
+/// flushed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Suspend {
+    /// Which.
+    pub volumes: Vec<String>,
+    /// They go on by themselves after so many seconds.
+    #[serde(default)]
+    pub timeout_seconds: Option<u64>,
+}
+
+/// Have volumes go on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resume {
+    /// Which.
+    pub volumes: Vec<String>,
+}
+
+/// See how large a volume's disk is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeResize {
+    /// Which.
+    pub name: String,
 }
 
 /// How large a store may grow.
@@ -258,6 +336,26 @@ pub enum Kind {
     Overflow,
     /// In memory (N).
     Transient,
+}
+
+impl From<WhenFull> for OnFull {
+    fn from(when: WhenFull) -> Self {
+        match when {
+            WhenFull::Invalidate => Self::Invalidate,
+            WhenFull::Pause => Self::Pause,
+            WhenFull::Error => Self::Error,
+        }
+    }
+}
+
+impl From<OnFull> for WhenFull {
+    fn from(on_full: OnFull) -> Self {
+        match on_full {
+            OnFull::Invalidate => Self::Invalidate,
+            OnFull::Pause => Self::Pause,
+            OnFull::Error => Self::Error,
+        }
+    }
 }
 
 impl From<Kind> for StoreKind {

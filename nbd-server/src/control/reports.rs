@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::protocol::Kind;
+use super::protocol::{Kind, WhenFull};
 
 /// What an order brought.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,6 +58,12 @@ pub struct SnapshotReport {
     pub fill_bytes_per_second: Option<u64>,
     /// When it will be full if that goes on, in seconds from now.
     pub full_in_seconds: Option<u64>,
+    /// What a write means that finds its store full.
+    pub on_full: WhenFull,
+    /// Its store is full.
+    pub is_full: bool,
+    /// Writes that wait for room in it.
+    pub paused_writes: u64,
     /// How far its merge has come, in chunks; null unless it is being merged.
     pub merge: Option<MergeReport>,
     /// Clients attached to it.
@@ -104,6 +110,8 @@ pub struct VolumeReport {
     pub bytes: u64,
     /// Writes to it are refused.
     pub read_only: bool,
+    /// It stands still until it is resumed.
+    pub suspended: bool,
     /// Its snapshots' exports, in the order in which they are served.
     pub snapshots: Vec<String>,
     /// Clients attached to the origin.
@@ -170,6 +178,18 @@ pub enum EventKind {
     Renamed,
     /// A snapshot's store is full: it can be read, but not written.
     Overflow,
+    /// 50, 80 or 95 percent of a store are used.
+    Filling,
+    /// A store is full.
+    Full,
+    /// A store may grow further.
+    Extended,
+    /// A volume stands still.
+    Suspended,
+    /// A volume goes on.
+    Resumed,
+    /// A volume's disk has grown.
+    VolumeResized,
     /// A snapshot is lost.
     Invalid,
     /// A snapshot will be merged when no client is attached to the disk any more.
@@ -202,6 +222,12 @@ impl EventKind {
             Self::Removed => "removed",
             Self::Renamed => "renamed",
             Self::Overflow => "overflow",
+            Self::Filling => "filling",
+            Self::Full => "full",
+            Self::Extended => "extended",
+            Self::Suspended => "suspended",
+            Self::Resumed => "resumed",
+            Self::VolumeResized => "volume-resized",
             Self::Invalid => "invalid",
             Self::MergeWaiting => "merge-waiting",
             Self::MergeCancelled => "merge-cancelled",

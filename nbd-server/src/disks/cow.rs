@@ -358,6 +358,17 @@ fn step(chunk: ChunkSize) -> u64 {
     GROWTH_STEP.max(LEAST_CHUNKS * chunk.bytes())
 }
 
+/// Bytes of a store in which every chunk of its origin has an exception.
+pub fn all_it_needs(kind: StoreKind, chunk: ChunkSize, origin_bytes: u64) -> u64 {
+    let chunks = chunk.chunks_to_cover(origin_bytes);
+    match kind {
+        StoreKind::Transient => chunks * chunk.bytes(),
+        StoreKind::Persistent | StoreKind::PersistentOverflow => {
+            Layout::new(chunk).sectors_for(chunks) * SECTOR_BYTES
+        }
+    }
+}
+
 /// How large the file of a store is, shall be and may become.
 struct Room<'a> {
     wanted: &'a SnapshotRequest,
@@ -370,13 +381,7 @@ struct Room<'a> {
 impl Room<'_> {
     /// What the store needs when every chunk of the origin has an exception.
     fn need(&self) -> u64 {
-        let chunks = self.chunk.chunks_to_cover(self.origin_bytes);
-        match self.wanted.kind {
-            StoreKind::Transient => chunks * self.chunk.bytes(),
-            StoreKind::Persistent | StoreKind::PersistentOverflow => {
-                Layout::new(self.chunk).sectors_for(chunks) * SECTOR_BYTES
-            }
-        }
+        all_it_needs(self.wanted.kind, self.chunk, self.origin_bytes)
     }
 
     /// How far the file may grow: what the origin can need, or `size=` if that

@@ -33,7 +33,7 @@ use crate::server::setup::{OpenDisk, OpenVolume};
 use cow::PlannedCow;
 use identity::Role;
 
-pub use cow::Origin;
+pub use cow::{Origin, all_it_needs};
 pub use identity::Taken;
 pub use live::{Deed, Made, SnapshotPlan, default_cow};
 pub use making::{Making, Unrecorded};

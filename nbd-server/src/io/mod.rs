@@ -32,7 +32,8 @@ mod table;
 pub use census::ClientStatus;
 pub use connection::Traffic;
 pub use hosted::{
-    HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Views, VolumeOrder,
+    AutoExtend, HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Settings, Views,
+    VolumeOrder,
 };
 pub use news::{Herald, News, What};
 pub use shard::{NewConnection, Shard};

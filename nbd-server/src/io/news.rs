@@ -25,6 +25,12 @@ pub enum What {
     Invalid(&'static str),
     /// Its store is full: it can still be read.
     Overflow,
+    /// So many percent of its store are used.
+    Filling(u8),
+    /// Its store is full.
+    Full,
+    /// Its store may grow to so many bytes now, by itself.
+    Extended(u64),
     /// The origin reads as the snapshot from here on.
     MergeBegun,
     /// The snapshot is merged, and gone.

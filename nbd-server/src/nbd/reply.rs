@@ -57,7 +57,7 @@ impl Refusal {
     pub fn error(self) -> u32 {
         match self {
             Self::ReadOnly => NBD_EPERM,
-            Self::WritePastEnd | Self::Failed(Failure::PastEnd) => NBD_ENOSPC,
+            Self::WritePastEnd | Self::Failed(Failure::PastEnd | Failure::NoSpace) => NBD_ENOSPC,
             Self::PastEnd
             | Self::TooLong
             | Self::EmptyRange
@@ -90,6 +90,9 @@ impl Refusal {
                 "the disk failed, or the snapshot is invalid or full: the server's log says which"
             }
             Self::Failed(Failure::NoSuchView) => "the snapshot is gone",
+            Self::Failed(Failure::NoSpace) => {
+                "no space: the store of a snapshot is full, and its policy is to refuse"
+            }
         }
     }
 }

@@ -121,6 +121,12 @@ pub(super) fn event_of(news: &News) -> Option<EventReport> {
     let (kind, client, message) = match &news.what {
         What::Invalid(why) => (EventKind::Invalid, None, Some((*why).to_owned())),
         What::Overflow => (EventKind::Overflow, None, None),
+        What::Filling(_) => (EventKind::Filling, None, None),
+        What::Full => (EventKind::Full, None, None),
+        What::Extended(bytes) => {
+            let to = format!("to {}", crate::cli::size::show(*bytes));
+            (EventKind::Extended, None, Some(to))
+        }
         What::MergeBegun => (EventKind::MergeBegun, None, None),
         What::MergeFailed(why) => (EventKind::MergeFailed, None, Some((*why).to_owned())),
         What::ClientCame { id, peer, .. } => (EventKind::ClientCame, Some(*id), Some(peer.clone())),
@@ -131,6 +137,9 @@ pub(super) fn event_of(news: &News) -> Option<EventReport> {
     let mut event = EventReport::new(kind).of_volume(&news.volume_name);
     event.snapshot = news.snapshot.as_ref().map(|(_, name)| name.clone());
     event.client = client;
+    if let What::Filling(percent) = news.what {
+        event.percent = Some(percent.into());
+    }
     event.message = message;
     Some(event)
 }

@@ -100,7 +100,7 @@ impl RunningServer {
             let shard = Shard::start(number, herald).map_err(system("start a volume's thread"))?;
             shards.push(shard);
         }
-        let moved_in = moving::all(setup.volumes, &shards).and_then(|registry| {
+        let moved_in = moving::all(setup.volumes, &shards, &setup.defaults).and_then(|registry| {
             let exports = registry.exports()?;
             Ok((registry, exports))
         });
@@ -134,6 +134,7 @@ impl RunningServer {
             Arc::clone(&shards),
             Arc::clone(&events),
             mailroom,
+            setup.defaults,
         );
         let runner = match setup.on_event.map(|command| Runner::start(events, command)) {
             None => None,

@@ -5,10 +5,12 @@ use std::sync::mpsc::Receiver;
 use nbdsnap_engine::{View, VolumeConfig};
 
 use super::ServerError;
-use super::registry::{self, Registry, SnapshotEntry, SnapshotFacts, Taken, VolumeEntry};
-use super::setup::{OpenDisk, OpenSnapshot, OpenVolume};
+use super::registry::{
+    self, Registry, SnapshotEntry, SnapshotFacts, Suspension, Taken, VolumeEntry,
+};
+use super::setup::{Defaults, OpenDisk, OpenSnapshot, OpenVolume};
 use crate::disks::Origin;
-use crate::io::{NewDisk, NewSnapshot, NewVolume, Shard, Views, VolumeId};
+use crate::io::{NewDisk, NewSnapshot, NewVolume, Settings, Shard, Views, VolumeId};
 
 /// Memory for old chunks on their way, shared out to all volumes in equal parts.
 const COPY_MEMORY: u64 = 256 << 20;
@@ -37,8 +39,10 @@ pub(super) fn begin(
     number: usize,
     copy_memory: u64,
     shard: &Shard,
+    defaults: &Defaults,
 ) -> Moving {
     let facts = volume.snapshots.iter_mut().map(SnapshotFacts::of).collect();
+    let origin_bytes = volume.disk.bytes;
     let entry = VolumeEntry {
         name: volume.name.clone(),
         id,
@@ -48,6 +52,7 @@ pub(super) fn begin(
             ..Origin::of(&volume.disk, volume.read_only)
         },
         is_block_device: volume.disk.is_block_device,
+        suspension: Suspension::Running,
         snapshots: Vec::new(),
     };
     let answer = shard.host(NewVolume {
@@ -60,7 +65,14 @@ pub(super) fn begin(
         },
         disk: new_disk(volume.disk),
         read_only: volume.read_only,
-        snapshots: volume.snapshots.into_iter().map(new_snapshot).collect(),
+        snapshots: volume
+            .snapshots
+            .into_iter()
+            .map(|one| {
+                let settings = defaults.settings(&one, origin_bytes);
+                new_snapshot(one, settings)
+            })
+            .collect(),
     });
     Moving {
         entry,
@@ -93,13 +105,17 @@ pub(super) fn end(
 }
 
 /// Move every volume of a server that starts.
-pub(super) fn all(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Registry, ServerError> {
+pub(super) fn all(
+    volumes: Vec<OpenVolume>,
+    shards: &[Shard],
+    defaults: &Defaults,
+) -> Result<Registry, ServerError> {
     let share = share_of_copy_memory(volumes.len());
     let mut moving = Vec::new();
     for (number, volume) in volumes.into_iter().enumerate() {
         let shard = number % shards.len();
         let id = VolumeId(number as u32);
-        moving.push(begin(volume, id, shard, share, &shards[shard]));
+        moving.push(begin(volume, id, shard, share, &shards[shard], defaults));
     }
     let mut registry = Registry::default();
     for Moving {
@@ -116,13 +132,14 @@ pub(super) fn all(volumes: Vec<OpenVolume>, shards: &[Shard]) -> Result<Registry
 }
 
 /// A snapshot as its thread takes it.
-pub(super) fn new_snapshot(snapshot: OpenSnapshot) -> NewSnapshot {
+pub(super) fn new_snapshot(snapshot: OpenSnapshot, settings: Settings) -> NewSnapshot {
     NewSnapshot {
         name: snapshot.name,
         store: snapshot.store,
         disk: new_disk(snapshot.disk),
         fresh: snapshot.fresh,
         merging: snapshot.merging,
+        settings,
     }
 }
 

@@ -33,6 +33,7 @@ pub(super) struct VolumeEntry {
     pub(super) shard: usize,
     pub(super) origin: Origin,
     pub(super) is_block_device: bool,
+    pub(super) suspension: Suspension,
     /// In the order in which they came.
     pub(super) snapshots: Vec<SnapshotEntry>,
 }
@@ -57,6 +58,17 @@ pub(super) struct SnapshotEntry {
     pub(super) scratch: Option<Scratch>,
     pub(super) fill: FillRate,
     pub(super) merge: MergeState,
+}
+
+/// Whether a volume stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Suspension {
+    /// It does not.
+    Running,
+    /// Until it is resumed.
+    Suspended,
+    /// Until then, at most.
+    Until(Instant),
 }
 
 /// What has become of an order to merge a snapshot.

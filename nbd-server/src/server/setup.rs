@@ -6,9 +6,11 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-use nbdsnap_engine::Store;
+use nbdsnap_engine::{OnFull, Store};
 
-use crate::disks::{Scratch, Taken};
+use crate::control::protocol::Growth;
+use crate::disks::{self, Scratch, Taken};
+use crate::io::{AutoExtend, Settings};
 use crate::state::Records;
 
 /// A disk or COW store that is open, locked and of known size.
@@ -60,6 +62,38 @@ pub struct OpenVolume {
     pub snapshots: Vec<OpenSnapshot>,
 }
 
+/// How snapshots behave unless it is said.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Defaults {
+    /// What a write means that finds a store full.
+    pub on_full: OnFull,
+    /// Stores grow by themselves.
+    pub auto_extend: Option<Growth>,
+}
+
+impl Defaults {
+    /// What that means for a snapshot of an origin of so many bytes.
+    pub(super) fn settings(&self, snapshot: &OpenSnapshot, origin_bytes: u64) -> Settings {
+        let fixed = snapshot.disk.is_block_device;
+        let auto_extend = self
+            .auto_extend
+            .filter(|_| !fixed)
+            .map(|growth| AutoExtend {
+                threshold: growth.threshold_percent,
+                step: growth.step_percent,
+                most_bytes: disks::all_it_needs(
+                    snapshot.store.kind(),
+                    snapshot.store.chunk_size(),
+                    origin_bytes,
+                ),
+            });
+        Settings {
+            on_full: self.on_full,
+            auto_extend,
+        }
+    }
+}
+
 /// A socket that is bound and listens.
 #[derive(Debug)]
 pub enum Listener {
@@ -85,6 +119,8 @@ pub struct Setup {
     /// What outlives the server. The change that these volumes are is committed
     /// once every new instant has been taken, before clients come.
     pub records: Records,
+    /// How snapshots behave unless it is said.
+    pub defaults: Defaults,
     /// A command for the shell, to be run for every event.
     pub on_event: Option<String>,
 }

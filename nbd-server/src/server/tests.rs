@@ -117,6 +117,7 @@ impl Place {
             taken: Taken::default(),
             records: crate::state::Records::unchanged().unwrap(),
             on_event: None,
+            defaults: super::setup::Defaults::default(),
         };
         RunningServer::start(setup).unwrap()
     }

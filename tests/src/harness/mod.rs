@@ -10,6 +10,7 @@
 //! - [`files`]: images, hashes, fingerprints of folders,
 //! - [`fio`]: writes that check themselves,
 //! - [`golden`]: the archives of stores that the kernel wrote,
+//! - [`live`]: orders to a running server, and clients in this process,
 //! - [`random`]: seeds that are printed and can be played again.
 //!
 //! Nothing here waits without a bound: a client or server that hangs is a
@@ -20,6 +21,7 @@ use std::time::Duration;
 pub mod files;
 pub mod fio;
 pub mod golden;
+pub mod live;
 pub mod process;
 pub mod program;
 pub mod random;

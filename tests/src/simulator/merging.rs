@@ -8,6 +8,7 @@ use super::ledger::Tally;
 use super::traffic::Session;
 use super::world::{Has, Phase, World, say};
 use crate::store_bytes;
+use crate::workload::Ambush;
 
 /// The durable mark of a merge, and how far this process knows it to have come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +199,42 @@ impl Session<'_> {
                 "a merge that has failed cannot be taken up again: {error}"
             ))),
         }
+    }
+
+    /// Traffic with a merge of the first store in it, until so many disk operations
+    /// were handed out; or to the end of the merge, which it says.
+    pub(super) fn merge_until(&mut self, operations: u64) -> Result<bool, Violation> {
+        self.resume_merge();
+        // Some of the snapshot's own writes are still under way.
+        for _ in 0..self.world.rng.below(3) {
+            self.burst()?;
+        }
+        self.ambush = Some((Ambush::Any, operations));
+        self.merge_first()?;
+        while self.world.merging.is_some() && !matches!(self.ambush, Some((_, 0))) {
+            match self.world.rng.below(8) {
+                0 | 1 => self.burst()?,
+                2 => self.progress_one(),
+                _ => self.end_one()?,
+            }
+        }
+        let met = matches!(self.ambush, Some((_, 0)));
+        self.ambush = None;
+        Ok(!met)
+    }
+
+    fn merge_first(&mut self) -> Result<(), Violation> {
+        let id = self.world.slots[0].id;
+        let ordered = id.map(|id| self.volume.begin_merge(id));
+        if ordered != Some(Ok(())) {
+            return Err(Violation(format!("the merge is refused: {ordered:?}")));
+        }
+        self.world.merging = Some(Merging {
+            slot: 0,
+            begun: false,
+            failed: false,
+        });
+        self.pump()
     }
 
     /// The mark, if it is about this snapshot.

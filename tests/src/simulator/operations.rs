@@ -151,7 +151,7 @@ impl Session<'_> {
             }
             (Ambush::WideCommit, _) => wide,
             (Ambush::HeaderWrite, Action::Write { offset, .. }) => header(offset),
-            (Ambush::Grow, Action::Grow { .. }) => true,
+            (Ambush::Grow, Action::Grow { .. }) | (Ambush::Any, _) => true,
             _ => false,
         };
         if met {

@@ -203,7 +203,7 @@ impl<'w> Session<'w> {
     }
 
     /// A few requests handed in together.
-    fn burst(&mut self) -> Result<(), Violation> {
+    pub(super) fn burst(&mut self) -> Result<(), Violation> {
         let count = self.world.rng.between(1, self.world.plan.burst);
         for _ in 0..count {
             if self.pending.len() >= self.world.plan.depth {

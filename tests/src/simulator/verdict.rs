@@ -226,6 +226,7 @@ impl Session<'_> {
                 let held = p.slot.is_some() && p.slot == self.world.merging.map(|m| m.slot);
                 held.then_some(Tally::HeldByMerge)
             }
+            Failure::NoSpace => None,
             Failure::Io => self.why_io(p),
         }
     }
@@ -295,12 +296,15 @@ impl Session<'_> {
                 self.world.ledger.count(Tally::Overflow);
                 Ok(())
             }
-            Event::Held(_) | Event::InstantFailed(_) | Event::Removed(_) => {
-                Err(Violation(format!("{event:?}, which nobody asked for")))
-            }
             Event::MergeBegun(id) => self.on_merge_begun(id),
             Event::Merged(id) => self.on_merged(id),
             Event::MergeFailed(id, why) => self.on_merge_failed(id, why),
+            Event::Filling(..) => Ok(()),
+            Event::Held(_)
+            | Event::InstantFailed(_)
+            | Event::Removed(_)
+            | Event::Full(_)
+            | Event::Suspended(_) => Err(Violation(format!("{event:?}, which nobody asked for"))),
             Event::Closed(well) => {
                 if !self.closing || self.closed.is_some() || !self.pending.is_empty() {
                     return Err(Violation(

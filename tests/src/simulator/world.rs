@@ -173,6 +173,10 @@ impl World {
     pub(super) fn new(seed: u64, crashes: u64, told: bool) -> Self {
         let mut rng = Rng::new(seed);
         let plan = Plan::pick(&mut rng);
+        Self::of_plan(rng, plan, crashes, told)
+    }
+
+    pub(super) fn of_plan(rng: Rng, plan: Plan, crashes: u64, told: bool) -> Self {
         if told {
             println!("{plan:#?}");
         }

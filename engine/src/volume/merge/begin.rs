@@ -60,7 +60,8 @@ impl Volume {
         if self.merge.is_some() {
             return self.take_merge_up_again(id);
         }
-        let snapshot = self.snapshot(id).ok_or(MergeError::NoSuchSnapshot)?;
+        let snapshot = self.snapshot(id).filter(|s| s.is_there());
+        let snapshot = snapshot.ok_or(MergeError::NoSuchSnapshot)?;
         if snapshot.kind == StoreKind::Transient {
             return Err(MergeError::Transient);
         }
@@ -76,6 +77,9 @@ impl Volume {
             step: Step::Draining,
             held: Vec::new(),
         });
+        // Its writes that wait for room are not worth holding the origin for.
+        let index = self.index_of(id).expect("it was looked at above");
+        self.wake_paused(index);
         Ok(())
     }
 
@@ -104,12 +108,14 @@ impl Volume {
             "what is merged is a persistent store that can be read"
         );
         assert!(self.merging().is_none(), "an origin has one merge");
+        let bytes = self.bytes_of(&store);
         let id = self.new_snapshot_id();
         self.merge = Some(Merge::new(Merged {
             id,
             chunk_size: store.chunk_size(),
             unwind: Unwind::new(store.layout, store.table.len()),
             limit: store.size.limit,
+            bytes,
             table: store.table,
         }));
         id
@@ -206,6 +212,7 @@ impl Volume {
             chunk_size,
             unwind: Unwind::new(snapshot.layout, commit.committed()),
             limit: snapshot.allocator.limit(),
+            bytes: snapshot.origin_bytes,
             table,
         }));
         // Nobody needs anything of it any more.
@@ -213,6 +220,7 @@ impl Volume {
             .chain(snapshot.until_durable.into_values())
             .flatten()
             .chain(snapshot.until_grown)
+            .chain(snapshot.until_extended)
             .chain(snapshot.until_invalid);
         self.wake(waiting);
         self.events.push_back(Event::MergeBegun(id));

@@ -30,7 +30,6 @@ use step::Stage;
 pub(crate) use step::{Piece, PieceKey};
 
 use super::flush::Lane;
-use super::lifecycle::Phase;
 use super::{Event, Volume};
 use crate::in_flight::Ranges;
 use crate::request::SnapshotId;
@@ -44,6 +43,9 @@ pub struct MergeProgress {
     pub left_chunks: u64,
     /// Chunks that it held when the merge began, or was taken up again.
     pub total_chunks: u64,
+    /// It waits until another snapshot's store has room ([`crate::OnFull`]): a merge
+    /// that finds none waits for it where a client's write would wait or fail.
+    pub waits_for_room: bool,
 }
 
 /// Why a merge was not begun. Nothing has changed.
@@ -85,7 +87,11 @@ pub(crate) struct Merge {
     total: u64,
     /// Bytes that the store may have.
     limit: u64,
+    /// Bytes of the snapshot: what lies behind them is the origin's alone.
+    bytes: u64,
     stage: Stage,
+    /// Another snapshot has no room for what the next step needs.
+    paused: bool,
     /// Pieces of the step's chunks on their way to the origin.
     pub(super) pieces: Slab<Piece>,
     /// Chunks of the step that is under way: writes to them wait.
@@ -110,6 +116,7 @@ struct Merged {
     unwind: Unwind,
     chunk_size: ChunkSize,
     limit: u64,
+    bytes: u64,
 }
 
 impl Merge {
@@ -126,16 +133,17 @@ impl Merge {
             unwind: store.unwind,
             total: store.unwind.left(),
             limit: store.limit,
+            bytes: store.bytes,
             stage: Stage::Resting,
+            paused: false,
             pieces: Slab::new(),
             window: Ranges::default(),
             doubtful: Ranges::default(),
             writes: Ranges::default(),
             reads: 0,
             lane: Lane::default(),
-            // What lies in the store counts as never flushed: whoever wrote it
-            // may have been killed.
-            dirty: true,
+            // It was flushed when it was opened, or just before the merge began.
+            dirty: false,
         }
     }
 
@@ -163,6 +171,7 @@ impl Volume {
         self.merge.as_ref().map(|merge| MergeProgress {
             left_chunks: merge.unwind.left(),
             total_chunks: merge.total,
+            waits_for_room: merge.paused,
         })
     }
 
@@ -201,16 +210,31 @@ impl Volume {
         Some(merge.status())
     }
 
+    /// With nothing in flight: no step of a merge is under way.
+    pub(super) fn merge_is_quiet(&self) -> bool {
+        self.merge.as_ref().is_none_or(Merge::rests)
+    }
+
     /// Nothing of a merge is waiting or under way.
     pub(super) fn merge_is_idle(&self) -> bool {
         self.merge_rests() && self.merge.as_ref().is_none_or(Merge::is_flushed)
     }
 
+    /// Steps of a merge may begin, and be prepared.
+    fn may_step(&self) -> bool {
+        !self.merge_suspended && self.is_open()
+    }
+
     /// Looked at whenever the volume comes to rest.
     pub(super) fn advance_merge(&mut self) {
+        if self.is_frozen() {
+            return;
+        }
         self.advance_merge_begin();
+        // A flush that was held until now.
+        self.begin_origin_flush();
         self.begin_merge_flush();
-        let may_step = !self.merge_suspended && self.phase == Phase::Open;
+        let may_step = self.may_step();
         let Some(merge) = &self.merge else {
             return;
         };
@@ -222,7 +246,7 @@ impl Volume {
             Stage::Resting if may_step && self.origin_flush_failed() => {
                 self.merge_failed("a flush of the origin failed");
             }
-            Stage::Resting if may_step => self.begin_merge_step(),
+            Stage::Resting if may_step && !merge.paused => self.begin_merge_step(),
             Stage::Clearing(_) if !may_step => self.abandon_merge_step(),
             _ => {}
         }

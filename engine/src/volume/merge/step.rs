@@ -23,6 +23,7 @@ use crate::snapshot::State;
 use crate::store::Tail;
 use crate::volume::copy::Holder;
 use crate::volume::flush::Waiter;
+use crate::volume::origin_write::Writer;
 use crate::volume::task::Work;
 use crate::volume::{Event, Purpose, Volume};
 
@@ -107,7 +108,6 @@ impl Volume {
 
     /// The end of the list is there: close the window around its chunks.
     pub(in crate::volume) fn merge_tail_read(&mut self, outcome: Outcome) {
-        let origin_bytes = self.config.origin_bytes;
         let merge = self.merge_mut();
         let Stage::Reading(tail) = merge.take_stage() else {
             unreachable!("the end of the list is being read");
@@ -126,7 +126,7 @@ impl Volume {
         let mut ranges: Vec<(u64, u64)> = Vec::new();
         for exception in &all {
             let start = size.origin_offset(exception.old);
-            let end = (start + size.bytes()).min(origin_bytes);
+            let end = (start + size.bytes()).min(merge.bytes);
             match ranges.last_mut() {
                 Some(last) if last.1 == start => last.1 = end,
                 _ => ranges.push((start, end)),
@@ -147,21 +147,33 @@ impl Volume {
 
     /// Wait for what is in the way of the step, or begin to copy.
     pub(in crate::volume) fn clear_merge_window(&mut self) {
-        let Some(Stage::Clearing(step)) = self.merge.as_ref().map(|merge| &merge.stage) else {
+        let may_step = self.may_step();
+        let Some(merge) = &mut self.merge else {
+            return;
+        };
+        merge.paused = false;
+        let Stage::Clearing(step) = &merge.stage else {
             // The step was abandoned meanwhile.
             return;
         };
+        if !may_step {
+            return self.abandon_merge_step();
+        }
         if self.snapshots.iter().any(|s| s.state == State::Unmarked) {
             return self.merge_failed("a lost snapshot of the origin could not be marked so");
         }
         let ranges = step.ranges.clone();
         let task = self.guarded_task(Work::MergeStep);
-        for &(start, end) in &ranges {
-            for index in 0..self.snapshots.len() {
-                self.copy_before_merge(index, start, end, task);
-            }
+        if self.law.siblings_before_merge() {
+            self.wait_for_all_copies(&ranges, Writer::Merge, task);
+        } else {
+            self.begin_all_copies(&ranges);
         }
         self.unguard(task);
+        if self.merge_mut().paused {
+            // The task waits for room, and then it is all looked at anew.
+            return self.abandon_merge_step();
+        }
         if self.law.writes_before_merge() {
             let writes = &mut self.merge_mut().writes;
             let waits: u32 = (ranges.iter())
@@ -182,6 +194,12 @@ impl Volume {
         }
     }
 
+    /// A snapshot has no room for its copies and is not to be lost: no step begins
+    /// until it has, and writes to the window do not wait for that.
+    pub(in crate::volume) fn merge_pauses(&mut self) {
+        self.merge_mut().paused = true;
+    }
+
     /// No more steps are to begin, and this one has changed nothing yet.
     pub(super) fn abandon_merge_step(&mut self) {
         let Stage::Clearing(step) = self.merge_mut().take_stage() else {
@@ -200,7 +218,7 @@ impl Volume {
 
     /// Nothing is in the way: on to the origin, neighbours together, in pieces.
     fn copy_merge_step(&mut self) {
-        let (most, origin_bytes) = (self.config.copy_piece, self.config.origin_bytes);
+        let most = self.config.copy_piece;
         let merge = self.merge_mut();
         let Stage::Clearing(step) = merge.take_stage() else {
             unreachable!("the step clears its window");
@@ -211,7 +229,7 @@ impl Volume {
         for &old in &step.chunks {
             let new = merge.table.get(old).expect("the chunk was found there");
             let (mut from, mut to) = (size.cow_offset(new), size.origin_offset(old));
-            let end = (to + size.bytes()).min(origin_bytes);
+            let end = (to + size.bytes()).min(merge.bytes);
             while to < end {
                 let mut piece = match last.take() {
                     Some(p) if p.to + p.len == to && p.from + p.len == from && p.len < most => p,

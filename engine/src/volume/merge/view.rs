@@ -6,6 +6,7 @@ use super::Merge;
 use crate::disk::{Action, Device};
 use crate::in_flight::RangeId;
 use crate::snapshot::resolve;
+use crate::table::ExceptionTable;
 use crate::volume::active::RequestKey;
 use crate::volume::flush::{Next, Waiter};
 use crate::volume::task::TaskId;
@@ -22,14 +23,18 @@ impl Merge {
         extents: &mut Vec<Extent>,
     ) {
         let device = Device::Cow(self.id);
+        let its_end = self.bytes.clamp(start, end);
         resolve(
             &self.table,
             self.chunk_size,
             device,
-            start..end,
+            start..its_end,
             max,
             extents,
         );
+        // Behind the snapshot's end nothing has changed.
+        let none = ExceptionTable::default();
+        resolve(&none, self.chunk_size, device, its_end..end, max, extents);
     }
 
     /// Whether a write of `start..end` need not wait for the step that is under
@@ -142,21 +147,21 @@ impl Volume {
 
     /// A FLUSH of the origin: the store is flushed too if anything was written to
     /// it that no flush, or one that is still running, answers for. Says whether
-    /// the request waits for that.
-    pub(in crate::volume) fn flush_merge_for(&mut self, request: RequestKey) -> bool {
+    /// the waiter waits for that.
+    pub(in crate::volume) fn flush_merge_for(&mut self, waiter: Waiter) -> bool {
         let both = self.law.flush_both_devices();
         let Some(merge) = &mut self.merge else {
             return false;
         };
         let wanted = merge.dirty || merge.lane.has_failed() || !merge.lane.is_idle();
         if wanted && both {
-            merge.lane.waiting.push(Waiter::Request(request));
+            merge.lane.waiting.push(waiter);
         }
         wanted && both
     }
 
     /// Nothing else is left to hand out: begin the flush of the store that is wanted.
-    pub(super) fn begin_merge_flush(&mut self) {
+    pub(in crate::volume) fn begin_merge_flush(&mut self) {
         let Some(merge) = &mut self.merge else {
             return;
         };

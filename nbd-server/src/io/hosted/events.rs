@@ -13,11 +13,18 @@ impl Hosted {
         let (id, what) = match event {
             Event::Invalid(id, why) | Event::Unmarked(id, why) => (*id, What::Invalid(why)),
             Event::Overflow(id) => (*id, What::Overflow),
+            Event::Filling(id, percent) => (*id, What::Filling(*percent)),
+            Event::Full(id) => (*id, What::Full),
             Event::MergeBegun(id) => (*id, What::MergeBegun),
             Event::Merged(id) => (*id, What::Merged),
             Event::MergeFailed(id, why) => (*id, What::MergeFailed(why)),
             _ => return,
         };
+        self.tell(id, what, outside);
+    }
+
+    /// Tell of a snapshot.
+    pub(super) fn tell(&self, id: SnapshotId, what: What, outside: &Outside) {
         outside.herald.tell(News {
             volume: self.id,
             volume_name: self.name.clone(),
@@ -85,6 +92,15 @@ impl Hosted {
                 );
                 self.merge_failed(why);
             }
+            Event::Filling(id, percent) => tracing::info!(
+                export = self.export(*id),
+                percent,
+                "the snapshot's store fills"
+            ),
+            Event::Full(id) => {
+                tracing::warn!(export = self.export(*id), "the snapshot's store is full");
+            }
+            Event::Suspended(durable) => self.volume_suspended(*durable),
             Event::Closed(durable) => {
                 if !durable {
                     tracing::error!(

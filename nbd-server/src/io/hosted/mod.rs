@@ -17,7 +17,7 @@ use std::sync::mpsc::Sender;
 use bytes::Bytes;
 use nbdsnap_engine::{
     Command, Device, Extent, Failure, MergeProgress, Now, OpId, Outcome, Reply, Request, RequestId,
-    SnapshotId, Status, Store, View, Volume, VolumeConfig,
+    SnapshotId, SnapshotInfo, Status, Store, View, Volume, VolumeConfig,
 };
 
 use crate::io::VolumeId;
@@ -31,7 +31,7 @@ use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
 use orders::Hold;
-pub use orders::{NotHeld, NotMerged, VolumeOrder};
+pub use orders::{AutoExtend, NotHeld, NotMerged, Settings, VolumeOrder};
 
 /// Threads that wait for the disks of one volume: so many operations at once. Each
 /// volume has its own, so that a disk that hangs holds up nobody else's.
@@ -62,6 +62,8 @@ pub struct NewSnapshot {
     pub fresh: bool,
     /// It is being merged into the origin, and that goes on.
     pub merging: bool,
+    /// How it behaves.
+    pub settings: Settings,
 }
 
 /// A volume that moves in.
@@ -96,6 +98,8 @@ pub struct HostedStatus {
     pub export: String,
     /// The engine's word.
     pub status: Status,
+    /// More about it, unless it is being merged.
+    pub info: Option<SnapshotInfo>,
     /// How far its merge has come, if it is being merged.
     pub merge: Option<MergeProgress>,
 }
@@ -171,6 +175,10 @@ pub(super) struct Hosted {
     hold: Option<Hold>,
     /// Snapshots that are being removed, and whom to tell of the end.
     leaving: BTreeMap<SnapshotId, Sender<()>>,
+    /// Whom to tell that the volume stands still.
+    suspending: Option<Sender<bool>>,
+    /// Stores that grow by themselves.
+    auto_extends: BTreeMap<SnapshotId, AutoExtend>,
     /// Whom to tell that a merge has begun.
     merge: Option<Sender<Result<(), NotMerged>>>,
     /// Not a byte of any store may change.
@@ -200,6 +208,7 @@ impl Hosted {
         let mut stores = BTreeMap::new();
         let mut views = vec![None; new.snapshots.len()];
         let mut missing = Vec::new();
+        let mut settings = Vec::new();
         let (fresh, old): (Vec<_>, Vec<_>) = new
             .snapshots
             .into_iter()
@@ -219,9 +228,10 @@ impl Hosted {
             let disk = local(snapshot.disk.file, Medium::Store);
             let name = snapshot.name;
             stores.insert(id, HostedStore { name, disk });
+            settings.push((id, snapshot.settings));
         }
         let views = views.into_iter().flatten().collect();
-        Self {
+        let mut hosted = Self {
             id: new.id,
             name: new.name,
             volume,
@@ -232,6 +242,8 @@ impl Hosted {
             state: State::Serving,
             hold: None,
             leaving: BTreeMap::new(),
+            suspending: None,
+            auto_extends: BTreeMap::new(),
             merge: None,
             stores_read_only: read_only,
             arrival: Some(Arrival {
@@ -240,7 +252,11 @@ impl Hosted {
                 report,
             }),
             extents: Vec::new(),
+        };
+        for (id, settings) in settings {
+            hosted.settle(id, settings);
         }
+        hosted
     }
 
     /// Take no further request; finish the others, commit and flush.
@@ -473,6 +489,9 @@ impl Hosted {
         }
         while let Some(event) = self.volume.poll_event() {
             self.handle_event(&event, outside);
+        }
+        if !self.auto_extends.is_empty() {
+            self.extend_by_themselves(outside);
         }
         self.report_arrival();
         more

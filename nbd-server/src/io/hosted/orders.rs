@@ -1,13 +1,18 @@
 //! Orders to a volume that is being served. Each is begun at once and reported
 //! when it has ended; meanwhile the volume goes on.
 
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::sync::mpsc::Sender;
 
-use nbdsnap_engine::{InstantId, MergeError, SnapshotId, View};
+use nbdsnap_engine::{InstantId, MergeError, OnFull, SnapshotId, View};
+use nbdsnap_format::SECTOR_BYTES;
 
 use super::{Hosted, HostedStore, NewSnapshot, State};
 use crate::io::disk::{Disk, LocalDisk};
 use crate::io::file::Medium;
+use crate::io::news::What;
+use crate::io::shard::Outside;
 
 /// An order to one volume, and whom to tell how it ended. Whoever asked may have
 /// given up: a report that nobody takes is dropped.
@@ -41,6 +46,27 @@ pub enum VolumeOrder {
         /// Told when the origin reads as the snapshot.
         begun: Sender<Result<(), NotMerged>>,
     },
+    /// Let new requests queue, those in flight end, and flush everything.
+    Suspend {
+        /// Told when the volume stands still, and whether all is durable.
+        suspended: Sender<bool>,
+    },
+    /// Go on.
+    Resume,
+    /// Let a snapshot's store grow further.
+    Extend {
+        /// Which.
+        snapshot: SnapshotId,
+        /// How far; none: as far as the device is large.
+        limit: Option<u64>,
+        /// Told at once what the limit is now.
+        extended: Sender<Result<u64, String>>,
+    },
+    /// See how large the origin's disk is now.
+    Measure {
+        /// Told its bytes, or why it stays as it was.
+        measured: Sender<Result<u64, String>>,
+    },
     /// Call a snapshot something else.
     Rename {
         /// Which.
@@ -60,6 +86,44 @@ pub enum VolumeOrder {
         /// Told when its store is not used any more.
         removed: Sender<()>,
     },
+}
+
+/// How a snapshot behaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// What a write means that finds its store full.
+    pub on_full: OnFull,
+    /// Its store grows by itself.
+    pub auto_extend: Option<AutoExtend>,
+}
+
+/// When and how far a store grows by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AutoExtend {
+    /// When so many percent of it are used.
+    pub threshold: u32,
+    /// By so many percent of what it has.
+    pub step: u32,
+    /// Never beyond this: what its origin can ever need.
+    pub most_bytes: u64,
+}
+
+impl AutoExtend {
+    /// How far the store may grow from now on; `None`: as far as before.
+    fn limit_for(&self, allocated: u64, limit: u64) -> Option<u64> {
+        let used = u128::from(allocated) * 100;
+        if limit >= self.most_bytes || used < u128::from(limit) * u128::from(self.threshold) {
+            return None;
+        }
+        let more = u128::from(limit) * u128::from(self.step) / 100;
+        let wanted = (u128::from(limit) + more).min(u128::from(self.most_bytes));
+        Some((wanted as u64).next_multiple_of(SECTOR_BYTES).max(limit))
+    }
+}
+
+/// Bytes of a file or block device.
+fn size_of(mut file: &File) -> std::io::Result<u64> {
+    file.seek(SeekFrom::End(0))
 }
 
 /// Why a volume cannot be held.
@@ -123,6 +187,24 @@ impl Hosted {
                     let _ = begun.send(Err(NotMerged::Refused(error)));
                 }
             },
+            VolumeOrder::Suspend { suspended } => {
+                self.volume.suspend();
+                self.suspending = Some(suspended);
+            }
+            VolumeOrder::Resume => {
+                self.suspending = None;
+                self.volume.resume();
+            }
+            VolumeOrder::Extend {
+                snapshot,
+                limit,
+                extended,
+            } => {
+                let _ = extended.send(self.extend(snapshot, limit));
+            }
+            VolumeOrder::Measure { measured } => {
+                let _ = measured.send(self.measure());
+            }
             VolumeOrder::Rename { snapshot, name } => {
                 if let Some(store) = self.stores.get_mut(&snapshot) {
                     store.name = name;
@@ -147,11 +229,12 @@ impl Hosted {
         let mut rest = Vec::new();
         for snapshot in snapshots {
             stores.push(snapshot.store);
-            rest.push((snapshot.name, snapshot.disk.file));
+            rest.push((snapshot.name, snapshot.disk.file, snapshot.settings));
         }
         let (instant, ids) = self.volume.begin_instant(stores);
-        for (&id, (name, file)) in ids.iter().zip(rest) {
+        for (&id, (name, file, settings)) in ids.iter().zip(rest) {
             self.add_store(id, name, file);
+            self.settle(id, settings);
         }
         self.hold = Some(Hold { instant, ids, held });
     }
@@ -163,6 +246,56 @@ impl Hosted {
             read_only: self.stores_read_only,
         });
         self.stores.insert(id, HostedStore { name, disk });
+    }
+
+    /// Have a snapshot that is there behave as it was ordered.
+    pub(super) fn settle(&mut self, id: SnapshotId, settings: Settings) {
+        self.volume.set_on_full(id, settings.on_full);
+        if let Some(auto_extend) = settings.auto_extend {
+            self.auto_extends.insert(id, auto_extend);
+        }
+    }
+
+    fn extend(&mut self, id: SnapshotId, limit: Option<u64>) -> Result<u64, String> {
+        let store = self.stores.get(&id).ok_or("there is no such snapshot")?;
+        let limit = match limit {
+            Some(limit) => limit,
+            None => size_of(&store.disk.disk.file).map_err(|error| error.to_string())?,
+        };
+        match self.volume.extend_snapshot(id, limit) {
+            Ok(()) => Ok(limit),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn measure(&mut self) -> Result<u64, String> {
+        let bytes = size_of(&self.origin.disk.file).map_err(|error| error.to_string())?;
+        match self.volume.grow_origin(bytes) {
+            Ok(()) => Ok(bytes),
+            Err(error) => Err(format!("{error}, and its disk has {bytes}")),
+        }
+    }
+
+    /// Stores that are to grow by themselves do so in time.
+    pub(super) fn extend_by_themselves(&mut self, outside: &Outside) {
+        let wanted = self.auto_extends.iter().filter_map(|(&id, auto)| {
+            let info = self.volume.snapshot_info(id)?;
+            auto.limit_for(info.allocated_bytes, info.limit_bytes)
+                .map(|limit| (id, limit))
+        });
+        let wanted: Vec<(SnapshotId, u64)> = wanted.collect();
+        for (id, limit) in wanted {
+            if self.volume.extend_snapshot(id, limit).is_ok() {
+                self.tell(id, What::Extended(limit), outside);
+            }
+        }
+    }
+
+    /// The volume stands still.
+    pub(super) fn volume_suspended(&mut self, durable: bool) {
+        if let Some(suspended) = self.suspending.take() {
+            let _ = suspended.send(durable);
+        }
     }
 
     fn drop_stores(&mut self, ids: &[SnapshotId]) {
@@ -194,6 +327,7 @@ impl Hosted {
     /// A snapshot has left.
     pub(super) fn snapshot_removed(&mut self, id: SnapshotId) {
         self.stores.remove(&id);
+        self.auto_extends.remove(&id);
         if let Some(removed) = self.leaving.remove(&id) {
             let _ = removed.send(());
         }

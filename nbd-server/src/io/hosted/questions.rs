@@ -26,6 +26,7 @@ impl Hosted {
                 snapshot: id,
                 export: self.export(id),
                 status: self.volume.status(id)?,
+                info: self.volume.snapshot_info(id),
                 merge: self
                     .volume
                     .merge_progress()

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::SnapshotId;
+use nbdsnap_engine::{OnFull, SnapshotId};
 
 use super::Administrator;
 use super::refusal::Refused;
@@ -16,7 +16,7 @@ use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::new_snapshot;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
-use crate::server::setup::OpenSnapshot;
+use crate::server::setup::{Defaults, OpenSnapshot};
 use crate::state::admission::{Recorded, files_to_make};
 use crate::state::keeper::Change;
 
@@ -67,7 +67,7 @@ impl Administrator {
                 return Err(refusal.into());
             }
         };
-        let parts = self.parts(&create.snapshots, made.snapshots);
+        let parts = self.parts(create, made.snapshots);
         match self.take_all(parts, &mut change) {
             Ok(held) => {
                 made.deed.keep();
@@ -118,6 +118,15 @@ impl Administrator {
         {
             return Err(Refused::Percent(percent));
         }
+        if let Some(growth) = create.auto_extend
+            && !((1..=99).contains(&growth.threshold_percent)
+                && (1..=1000).contains(&growth.step_percent))
+        {
+            return Err(Refused::Growth(
+                growth.threshold_percent,
+                growth.step_percent,
+            ));
+        }
         for (place, name) in wanted.iter().enumerate() {
             let volume = self
                 .registry
@@ -163,14 +172,7 @@ impl Administrator {
             cow: create.cow.clone().unwrap_or_else(beside),
             kind: create.kind.into(),
             chunk: create.chunk_bytes,
-            size: create.size.map(|size| match size {
-                StoreLimit::Bytes(bytes) => bytes,
-                StoreLimit::PercentOfOrigin(percent) => {
-                    (u128::from(origin.bytes) * u128::from(percent) / 100)
-                        .try_into()
-                        .unwrap_or(u64::MAX)
-                }
-            }),
+            size: create.size.map(|size| size.bytes(origin.bytes)),
             read_only: create.read_only,
             format: false,
             adopt: false,
@@ -182,9 +184,13 @@ impl Administrator {
     }
 
     /// Sort the stores by volume, in the one order in which volumes are held.
-    fn parts(&self, names: &[SnapshotName], made: Vec<OpenSnapshot>) -> Vec<Part> {
+    fn parts(&self, create: &SnapshotCreate, made: Vec<OpenSnapshot>) -> Vec<Part> {
+        let behaviour = Defaults {
+            on_full: create.on_full.map_or(self.defaults.on_full, OnFull::from),
+            auto_extend: create.auto_extend.or(self.defaults.auto_extend),
+        };
         let mut parts: BTreeMap<VolumeId, Part> = BTreeMap::new();
-        for (name, mut open) in names.iter().zip(made) {
+        for (name, mut open) in create.snapshots.iter().zip(made) {
             let volume = self.registry.volume(&name.volume).expect("checked before");
             let part = parts.entry(volume.id).or_insert_with(|| Part {
                 shard: volume.shard,
@@ -194,7 +200,8 @@ impl Administrator {
                 facts: Vec::new(),
             });
             part.facts.push(SnapshotFacts::of(&mut open));
-            part.snapshots.push(new_snapshot(open));
+            let settings = behaviour.settings(&open, volume.origin.bytes);
+            part.snapshots.push(new_snapshot(open, settings));
         }
         parts.into_values().collect()
     }

@@ -3,6 +3,7 @@
 //! from the volume's thread.
 
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use nbdsnap_engine::StoreKind;
 
@@ -13,8 +14,11 @@ use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
 use crate::io::{News, NotMerged, VolumeOrder, What};
-use crate::server::registry::MergeState;
+use crate::server::registry::{MergeState, Suspension};
 use crate::state::record::State;
+
+/// A disk comes to rest within this time, mostly.
+const BEGIN: Duration = Duration::from_secs(60);
 
 impl Administrator {
     pub(super) fn merge(&mut self, merge: &SnapshotMerge) -> Result<Answer, Refused> {
@@ -27,6 +31,9 @@ impl Administrator {
         let volume_entry = self.registry.volume(&name.volume).expect("found above");
         if volume_entry.origin.read_only {
             return Err(Refused::ReadOnly(name.volume.clone()));
+        }
+        if volume_entry.suspension != Suspension::Running {
+            return Err(Refused::StandsStill(name.volume.clone()));
         }
         // One that has failed is taken up again: the engine knows whether it has.
         if let Some(other) = volume_entry.merging().filter(|_| !tries_again) {
@@ -87,7 +94,14 @@ impl Administrator {
             begun,
         };
         self.shards[shard].order(volume, order);
-        let refused = match self.wait(shard, &answer, None)? {
+        let until = Instant::now() + BEGIN;
+        let begun = match self.wait(shard, &answer, Some(until)) {
+            Err(Refused::TooSlow) => {
+                return Err(Refused::MergeSlow(name.clone(), BEGIN.as_secs()));
+            }
+            other => other?,
+        };
+        let refused = match begun {
             Ok(()) => return Ok(()),
             Err(NotMerged::InUse(clients)) => Refused::MergeInUse(name.volume.clone(), clients),
             Err(NotMerged::Refused(error)) => {

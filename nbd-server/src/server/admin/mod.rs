@@ -10,6 +10,8 @@ mod refusal;
 mod remove;
 mod rename;
 mod report;
+mod resize;
+mod suspend;
 mod volumes;
 
 use std::sync::Arc;
@@ -22,6 +24,7 @@ use tokio::sync::oneshot;
 use super::directory::Directory;
 use super::events::{Events, event_of};
 use super::registry::{Registry, VolumeEntry};
+use super::setup::Defaults;
 use crate::control::door::Office;
 use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
 use crate::disks::Taken;
@@ -64,6 +67,8 @@ pub(super) struct Administrator {
     /// How many volumes there have been: they are never called the same.
     volumes: u32,
     mailroom: Mailroom,
+    /// How snapshots behave unless it is said.
+    defaults: Defaults,
 }
 
 /// Where letters arrive, from before the administrator is there.
@@ -118,6 +123,7 @@ impl Administrator {
         shards: Arc<Vec<Shard>>,
         events: Arc<Events>,
         mailroom: Mailroom,
+        defaults: Defaults,
     ) -> Self {
         Self {
             volumes: registry.volumes.len() as u32,
@@ -128,6 +134,7 @@ impl Administrator {
             shards,
             events,
             mailroom,
+            defaults,
         }
     }
 
@@ -145,7 +152,24 @@ impl Administrator {
     }
 
     fn work(mut self) -> Registry {
-        while let Ok(letter) = self.mailroom.inbox.recv() {
+        loop {
+            let letter = match self.next_resumption() {
+                None => match self.mailroom.inbox.recv() {
+                    Ok(letter) => letter,
+                    Err(_) => break,
+                },
+                Some(at) => {
+                    let left = at.saturating_duration_since(Instant::now());
+                    match self.mailroom.inbox.recv_timeout(left) {
+                        Ok(letter) => letter,
+                        Err(RecvTimeoutError::Timeout) => {
+                            self.resume_in_time();
+                            continue;
+                        }
+                        Err(RecvTimeoutError::Disconnected) => break,
+                    }
+                }
+            };
             match letter {
                 Letter::Order(order, answer) => {
                     let outcome = match self.execute(order) {
@@ -167,6 +191,10 @@ impl Administrator {
             Order::SnapshotCreate(create) => self.create(&create),
             Order::SnapshotList(selection) => self.report_snapshots(&selection),
             Order::SnapshotRemove(remove) => self.remove(&remove),
+            Order::SnapshotExtend(extend) => self.extend(&extend),
+            Order::Suspend(suspend) => self.suspend(&suspend),
+            Order::Resume(resume) => self.resume(&resume),
+            Order::VolumeResize(resize) => self.resize(&resize),
             Order::SnapshotMerge(merge) => self.merge(&merge),
             Order::SnapshotCancel(cancel) => self.cancel(&cancel),
             Order::SnapshotRename(rename) => self.rename(&rename),

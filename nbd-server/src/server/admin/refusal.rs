@@ -61,6 +61,38 @@ pub(super) enum Refused {
         "no merge of {0} waits: one that has begun cannot be called off, since the disk reads as the snapshot already"
     )]
     NoMergeWaits(SnapshotName),
+    #[error("a store grows by itself from 1 to 99 % on, by 1 to 1000 %, not from {0} % by {1} %")]
+    Growth(u32, u32),
+    #[error("{0} cannot be extended: {1}")]
+    NotExtended(SnapshotName, String),
+    #[error(
+        "{0}: its store is a block device, which is as large as it is: enlarge that, then leave --size out"
+    )]
+    ExtendDevice(SnapshotName),
+    #[error("{0}: say how far the file of its store may grow, with --size")]
+    ExtendBy(SnapshotName),
+    #[error("{0} keeps its size: {1}")]
+    NotResized(String, String),
+    #[error("{0} is suspended already")]
+    Suspended(String),
+    #[error("{0} is suspended: resume it first")]
+    StandsStill(String),
+    #[error("{0} is not suspended")]
+    NotSuspended(String),
+    #[error("{0} is named twice")]
+    VolumeTwice(String),
+    #[error("no volume is named")]
+    NoVolumes,
+    #[error(
+        "not all could be brought to rest within {0} seconds, and all go on: is a disk stalled, or a store full?"
+    )]
+    NotSuspendedInTime(u64),
+    #[error("{0}: not everything could be flushed, and the volumes go on; see the server's log")]
+    SuspendedNotDurable(String),
+    #[error(
+        "the merge of {0} has not begun within {1} seconds: it will when the disk comes to rest; is one stalled, or a store full?"
+    )]
+    MergeSlow(SnapshotName, u64),
     #[error("no client has the id {0}: 'nbdsnap clients' shows those there are")]
     NoClient(u64),
     #[error("there is a volume {0:?} already: give this one another name")]

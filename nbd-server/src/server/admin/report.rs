@@ -9,10 +9,11 @@ use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{
     Answer, MergeReport, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
+    WhenFull,
 };
 use crate::io::{ClientStatus, HostedStatus, VolumeId};
 use crate::names;
-use crate::server::registry::{MergeState, SnapshotEntry, VolumeEntry};
+use crate::server::registry::{MergeState, SnapshotEntry, Suspension, VolumeEntry};
 
 /// What the volumes' threads say.
 struct Said {
@@ -82,6 +83,7 @@ impl Administrator {
             disk: volume.origin.path.clone(),
             bytes: volume.origin.bytes,
             read_only: volume.origin.read_only,
+            suspended: volume.suspension != Suspension::Running,
             snapshots: all_of(volume).map(|name| name.to_string()).collect(),
             clients: said.clients_of(volume.id, View::Origin),
         });
@@ -126,6 +128,7 @@ fn report(
 ) -> SnapshotReport {
     let hosted = said.statuses.get(&(volume, entry.id));
     let status = hosted.map_or(Status::Invalid, |hosted| hosted.status);
+    let info = hosted.and_then(|hosted| hosted.info);
     let progress = hosted.and_then(|hosted| hosted.merge);
     let mut report = SnapshotReport {
         name: names::export(volume_name, &entry.name),
@@ -152,6 +155,9 @@ fn report(
         free_bytes: None,
         fill_bytes_per_second: None,
         full_in_seconds: None,
+        on_full: info.map_or(WhenFull::default(), |info| info.on_full.into()),
+        is_full: info.is_some_and(|info| info.is_full),
+        paused_writes: info.map_or(0, |info| info.paused as u64),
         merge: progress.map(|progress| MergeReport {
             left_chunks: progress.left_chunks,
             total_chunks: progress.total_chunks,

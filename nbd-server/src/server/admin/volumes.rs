@@ -141,7 +141,14 @@ impl Administrator {
             entry,
             facts,
             answer,
-        } = moving::begin(volume, id, shard, share, &self.shards[shard]);
+        } = moving::begin(
+            volume,
+            id,
+            shard,
+            share,
+            &self.shards[shard],
+            &self.defaults,
+        );
         let views = self
             .wait(shard, &answer, None)?
             .map_err(Refused::NotTaken)?;
