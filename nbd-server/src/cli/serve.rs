@@ -232,7 +232,14 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         })?),
         control => control,
     };
-    let volumes = spec::assemble(disks, snapshots, read_only).map_err(Failure::usage)?;
+    let defaults = Defaults {
+        on_full: on_full.into(),
+        auto_extend,
+    };
+    let mut volumes = spec::assemble(disks, snapshots, read_only).map_err(Failure::usage)?;
+    for snapshot in volumes.iter_mut().flat_map(|volume| &mut volume.snapshots) {
+        snapshot.behaviour = Some(defaults);
+    }
     let ready = make_ready(Wanted {
         volumes,
         addresses: &listen,
@@ -243,10 +250,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
     })?;
     let Ready { mut setup, lines } = ready;
     setup.on_event = on_event;
-    setup.defaults = Defaults {
-        on_full: on_full.into(),
-        auto_extend,
-    };
+    setup.defaults = defaults;
     let paths = socket_paths(&setup);
     let mut served = false;
     let ended = server::run(setup, |_| {
@@ -373,14 +377,14 @@ fn plan(
             None => remembered.push(request),
         }
     }
-    let asked = admission::with_merges(keeper, asked).map_err(Failure::refused)?;
+    let asked = admission::as_listed(keeper, asked).map_err(Failure::refused)?;
     let mut plan = disks::inspect(asked, taken).map_err(Failure::refused)?;
     for volume in &plan.offered() {
         admission::admit(keeper, volume, without).map_err(Failure::refused)?;
     }
     for request in remembered {
         let name = request.name.clone();
-        let remembered = admission::with_merges(keeper, vec![request])
+        let remembered = admission::as_listed(keeper, vec![request])
             .map_err(|error| error.to_string())
             .and_then(|requests| {
                 remember(keeper, &mut plan, requests, without, taken)

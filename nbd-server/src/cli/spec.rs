@@ -281,6 +281,8 @@ pub(super) fn assemble(
             adopt: snapshot.adopt,
             must_exist: false,
             merging: false,
+            bytes: None,
+            behaviour: None,
         });
     }
     Ok(volumes)

@@ -238,7 +238,7 @@ fn open_store(
             step: step(in_header),
         }
     };
-    let origin_bytes = origin.bytes;
+    let origin_bytes = wanted.length(origin);
     let store = Store::open(
         wanted.kind,
         size,

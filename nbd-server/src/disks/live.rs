@@ -43,6 +43,8 @@ impl SnapshotPlan {
                     limit: request.size,
                     adopted: false,
                     merging: false,
+                    bytes: origin.bytes,
+                    behaviour: request.behaviour,
                     cow,
                 });
                 Ok(())

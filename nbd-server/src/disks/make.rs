@@ -17,7 +17,7 @@ use super::{Making, Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal,
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
 use crate::names;
-use crate::server::setup::{OpenDisk, OpenSnapshot, OpenVolume};
+use crate::server::setup::{Defaults, OpenDisk, OpenSnapshot, OpenVolume};
 
 /// A store in the making: its room is there, its header is not.
 struct Prepared {
@@ -26,6 +26,8 @@ struct Prepared {
     kind: StoreKind,
     limit: Option<u64>,
     merging: bool,
+    bytes: u64,
+    behaviour: Option<Defaults>,
     disk: OpenDisk,
     work: Work,
     scratch: Option<Scratch>,
@@ -144,6 +146,8 @@ fn prepare(
         limit,
         adopted: _,
         merging,
+        bytes,
+        behaviour,
         cow,
     } = snapshot;
     let mut scratch = None;
@@ -162,6 +166,8 @@ fn prepare(
         kind,
         limit,
         merging,
+        bytes,
+        behaviour,
         disk,
         work,
         scratch,
@@ -275,6 +281,8 @@ fn finish(
         kind,
         limit,
         merging,
+        bytes,
+        behaviour,
         disk,
         work,
         scratch,
@@ -300,6 +308,8 @@ fn finish(
         read_only,
         limit,
         merging,
+        bytes,
+        behaviour,
         scratch,
     })
 }

@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use nbdsnap_engine::StoreKind;
 
 use crate::names;
-use crate::server::setup::{OpenDisk, OpenVolume};
+use crate::server::setup::{Defaults, OpenDisk, OpenVolume};
 use cow::PlannedCow;
 use identity::Role;
 
@@ -78,6 +78,18 @@ pub struct SnapshotRequest {
     pub must_exist: bool,
     /// It is being merged into the disk, and that goes on.
     pub merging: bool,
+    /// How large the disk was at its instant, in bytes, if that is known.
+    pub bytes: Option<u64>,
+    /// How it behaves; none: as the server was told.
+    pub behaviour: Option<Defaults>,
+}
+
+impl SnapshotRequest {
+    /// How long the snapshot is, in bytes.
+    fn length(&self, origin: &Origin) -> u64 {
+        self.bytes
+            .map_or(origin.bytes, |bytes| bytes.min(origin.bytes))
+    }
 }
 
 /// What [`inspect`] found: everything open and locked, and what is to be done.
@@ -104,6 +116,9 @@ struct PlannedSnapshot {
     limit: Option<u64>,
     adopted: bool,
     merging: bool,
+    /// Its length, that of the disk at its instant.
+    bytes: u64,
+    behaviour: Option<Defaults>,
     cow: PlannedCow,
 }
 
@@ -190,6 +205,8 @@ impl Plan {
                     limit: wanted.size,
                     adopted: wanted.adopt,
                     merging: wanted.merging,
+                    bytes: wanted.length(&origin),
+                    behaviour: wanted.behaviour,
                     cow: cow::plan(wanted, &origin, found, &mut self.notes)?,
                 });
             }

@@ -7,6 +7,7 @@ use nbdsnap_engine::StoreKind;
 use super::cow::{Place, PlannedCow};
 use super::live::SnapshotPlan;
 use super::{Plan, PlannedSnapshot};
+use crate::server::setup::Defaults;
 
 /// A volume that shall be served.
 #[derive(Clone, Debug)]
@@ -42,6 +43,10 @@ pub struct OfferedStore {
     pub adopted: bool,
     /// It is being merged into the disk.
     pub merging: bool,
+    /// The snapshot's length in bytes.
+    pub bytes: u64,
+    /// How it behaves, if that was said.
+    pub behaviour: Option<Defaults>,
 }
 
 impl Plan {
@@ -83,5 +88,7 @@ fn offered(snapshot: &PlannedSnapshot) -> OfferedStore {
         is_missing,
         adopted: snapshot.adopted,
         merging: snapshot.merging,
+        bytes: snapshot.bytes,
+        behaviour: snapshot.behaviour,
     }
 }

@@ -55,6 +55,8 @@ impl Bench {
             adopt: false,
             must_exist: false,
             merging: false,
+            bytes: None,
+            behaviour: None,
         }
     }
 

@@ -41,7 +41,8 @@ pub(super) fn begin(
     shard: &Shard,
     defaults: &Defaults,
 ) -> Moving {
-    let facts = volume.snapshots.iter_mut().map(SnapshotFacts::of).collect();
+    let facts = volume.snapshots.iter_mut();
+    let facts = facts.map(|one| SnapshotFacts::of(one, *defaults)).collect();
     let origin_bytes = volume.disk.bytes;
     let entry = VolumeEntry {
         name: volume.name.clone(),
@@ -69,7 +70,8 @@ pub(super) fn begin(
             .snapshots
             .into_iter()
             .map(|one| {
-                let settings = defaults.settings(&one, origin_bytes);
+                let behaviour = one.behaviour.unwrap_or(*defaults);
+                let settings = behaviour.settings(&one, origin_bytes);
                 new_snapshot(one, settings)
             })
             .collect(),
@@ -97,8 +99,7 @@ pub(super) fn end(
         } else {
             Taken::Before
         };
-        let bytes = entry.origin.bytes;
-        let snapshot = SnapshotEntry::new(id, bytes, taken, facts);
+        let snapshot = SnapshotEntry::new(id, taken, facts);
         entry.snapshots.push(snapshot);
     }
     entry

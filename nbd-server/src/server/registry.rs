@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use nbdsnap_engine::{SnapshotId, StoreKind, View};
 
 use super::directory::{Exports, Route};
-use super::setup::OpenSnapshot;
+use super::setup::{Defaults, OpenSnapshot};
 use crate::cli::size;
 use crate::disks::{Origin, Scratch};
 use crate::io::VolumeId;
@@ -16,7 +16,7 @@ use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
 use crate::state::files::{Files, SystemFiles};
 use crate::state::place::settled;
-use crate::state::record::{Full, IntentFile, SnapshotRecord, VolumeRecord};
+use crate::state::record::{IntentFile, SnapshotRecord, VolumeRecord};
 
 /// The volumes, in the order in which they came.
 #[derive(Debug, Default)]
@@ -54,6 +54,7 @@ pub(super) struct SnapshotEntry {
     pub(super) read_only: bool,
     /// Its size: what the origin had when it was taken.
     pub(super) bytes: u64,
+    pub(super) behaviour: Defaults,
     pub(super) taken: Taken,
     pub(super) scratch: Option<Scratch>,
     pub(super) fill: FillRate,
@@ -158,7 +159,7 @@ impl FillRate {
 impl SnapshotEntry {
     /// A snapshot that is served from now on as `id`. The open store itself is
     /// somebody else's by then.
-    pub(super) fn new(id: SnapshotId, bytes: u64, taken: Taken, facts: SnapshotFacts) -> Self {
+    pub(super) fn new(id: SnapshotId, taken: Taken, facts: SnapshotFacts) -> Self {
         Self {
             name: facts.name,
             id,
@@ -169,7 +170,8 @@ impl SnapshotEntry {
             limit: facts.limit,
             chunk_bytes: facts.chunk_bytes,
             read_only: facts.read_only,
-            bytes,
+            bytes: facts.bytes,
+            behaviour: facts.behaviour,
             taken,
             scratch: facts.scratch,
             fill: FillRate::new(facts.allocated),
@@ -199,10 +201,12 @@ pub(super) struct SnapshotFacts {
     pub(super) fresh: bool,
     /// It is being merged into the origin.
     merging: bool,
+    bytes: u64,
+    pub(super) behaviour: Defaults,
 }
 
 impl SnapshotFacts {
-    pub(super) fn of(snapshot: &mut OpenSnapshot) -> Self {
+    pub(super) fn of(snapshot: &mut OpenSnapshot, defaults: Defaults) -> Self {
         let allocated = match snapshot.store.status() {
             nbdsnap_engine::Status::Active { allocated, .. } => {
                 allocated * nbdsnap_format::SECTOR_BYTES
@@ -227,6 +231,8 @@ impl SnapshotFacts {
             allocated,
             fresh: snapshot.fresh,
             merging: snapshot.merging,
+            bytes: snapshot.bytes,
+            behaviour: snapshot.behaviour.unwrap_or(defaults),
         }
     }
 }
@@ -246,8 +252,9 @@ impl SnapshotEntry {
             kind: self.kind.into(),
             limit: self.limit,
             read_only: self.read_only,
-            on_full: Full::default(),
-            auto_extend: None,
+            bytes: Some(self.bytes),
+            on_full: self.behaviour.on_full.into(),
+            auto_extend: self.behaviour.auto_extend,
             merging: matches!(self.merge, MergeState::Begun { .. }),
         }
     }

@@ -45,6 +45,10 @@ pub struct OpenSnapshot {
     pub limit: Option<u64>,
     /// It is being merged into the origin, and that goes on.
     pub merging: bool,
+    /// Its length in bytes: that of the origin at its instant.
+    pub bytes: u64,
+    /// How it behaves; none: as the server was told.
+    pub behaviour: Option<Defaults>,
     /// What is to be done with its file when it is not used any more.
     pub scratch: Option<Scratch>,
 }

@@ -13,7 +13,7 @@ use nbdsnap_engine::{
 use nbdsnap_format::ChunkSize;
 use tempfile::TempDir;
 
-use super::setup::{Listener, OpenDisk, OpenSnapshot, OpenVolume, Setup};
+use super::setup::{Defaults, Listener, OpenDisk, OpenSnapshot, OpenVolume, Setup};
 use super::{RunningServer, ServerError};
 use crate::client::{Answer, Client};
 use crate::disks::Taken;
@@ -106,6 +106,8 @@ impl Place {
                 read_only: false,
                 limit: None,
                 merging: false,
+                bytes: DISK as u64,
+                behaviour: None,
                 scratch: None,
             }],
         };
@@ -308,6 +310,7 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
         control: None,
         taken: Taken::default(),
         records: crate::state::Records::unchanged().unwrap(),
+        defaults: Defaults::default(),
         on_event: None,
     };
     let refused = RunningServer::start(setup).unwrap_err();

@@ -10,9 +10,11 @@ use super::files::{Files, SystemFiles};
 use super::keeper::{Change, Keeper, StateError};
 use super::place::settled;
 use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
+use crate::control::protocol::WhenFull;
 use crate::disks::{
     Cause, Making, OfferedStore, OfferedVolume, Refusal, SnapshotRequest, VolumeRequest, shown,
 };
+use crate::server::setup::Defaults;
 
 impl From<StoreKind> for Kind {
     fn from(kind: StoreKind) -> Self {
@@ -41,9 +43,12 @@ impl From<&OfferedStore> for SnapshotRecord {
             cow: settled(&store.cow),
             kind: store.kind.into(),
             limit: store.limit,
+            bytes: Some(store.bytes),
             read_only: store.read_only,
-            on_full: super::record::Full::default(),
-            auto_extend: None,
+            on_full: store
+                .behaviour
+                .map_or_else(WhenFull::default, |one| one.on_full.into()),
+            auto_extend: store.behaviour.and_then(|one| one.auto_extend),
             merging: store.merging,
         }
     }
@@ -92,14 +97,20 @@ pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
                 adopt: false,
                 must_exist: true,
                 merging: false,
+                bytes: snapshot.bytes,
+                behaviour: Some(Defaults {
+                    on_full: snapshot.on_full.into(),
+                    auto_extend: snapshot.auto_extend,
+                }),
             })
             .collect(),
     }
 }
 
-/// The same volumes, and with each the store that is being merged into its disk,
-/// whether or not it was asked for: the merge goes on (durability.md, rule 12).
-pub fn with_merges<F: Files>(
+/// The same volumes, with what their disks' lists know of their stores; and with
+/// each the store that is being merged into its disk, whether or not it was asked
+/// for: the merge goes on (durability.md, rule 12).
+pub fn as_listed<F: Files>(
     keeper: &Keeper<F>,
     mut requests: Vec<VolumeRequest>,
 ) -> Result<Vec<VolumeRequest>, StateError> {
@@ -108,13 +119,12 @@ pub fn with_merges<F: Files>(
             continue;
         }
         for store in keeper.list(&request.path)?.stores {
-            if store.mark != Mark::Merging {
-                continue;
-            }
+            let merging = store.mark == Mark::Merging;
             let mut named = request.snapshots.iter_mut();
             if let Some(named) = named.find(|other| settled(&other.cow) == store.cow) {
-                named.merging = true;
-            } else {
+                named.merging = merging;
+                named.bytes = store.bytes;
+            } else if merging {
                 request.snapshots.push(SnapshotRequest {
                     name: store.snapshot,
                     cow: store.cow,
@@ -125,7 +135,9 @@ pub fn with_merges<F: Files>(
                     format: false,
                     adopt: false,
                     must_exist: true,
-                    merging: true,
+                    merging,
+                    bytes: store.bytes,
+                    behaviour: None,
                 });
             }
         }

@@ -30,6 +30,10 @@ pub struct AttachedStore {
     /// Where the store is, absolute.
     #[serde(with = "seal::path")]
     pub cow: PathBuf,
+    /// How large the disk was at the snapshot's instant, in bytes: nothing in the
+    /// store says so.
+    #[serde(default)]
+    pub bytes: Option<u64>,
     /// How it stands.
     pub mark: Mark,
 }

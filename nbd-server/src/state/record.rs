@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::attached::{Attached, AttachedStore, Mark};
 use super::files::{FileIdentity, beside};
 use super::seal;
+use crate::control::protocol::{Growth, WhenFull};
 
 /// P, PO or N, as it is written in records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,30 +21,6 @@ pub enum Kind {
     Overflow,
     /// N.
     Transient,
-}
-
-/// What an origin write does that finds a store full.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Full {
-    /// It succeeds, and the snapshot is lost: the kernel's way.
-    #[default]
-    Invalidate,
-    /// It waits until there is room, or the snapshot has gone.
-    Pause,
-    /// It fails with ENOSPC.
-    Error,
-}
-
-/// How a store's limit is raised by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AutoExtend {
-    /// When so many percent of the store are taken ...
-    pub at_percent: u8,
-    /// ... it gets so many percent of its size more.
-    pub by_percent: u16,
-    /// Never beyond this, in bytes.
-    pub up_to: Option<u64>,
 }
 
 /// A snapshot that a server has.
@@ -58,15 +35,18 @@ pub struct SnapshotRecord {
     pub kind: Kind,
     /// How far its file may grow, in bytes; none for a device.
     pub limit: Option<u64>,
+    /// How large its disk was at its instant, in bytes.
+    #[serde(default)]
+    pub bytes: Option<u64>,
     /// Writes to it are refused.
     #[serde(default)]
     pub read_only: bool,
     /// What happens when it is full.
     #[serde(default)]
-    pub on_full: Full,
+    pub on_full: WhenFull,
     /// How it is extended by itself.
     #[serde(default)]
-    pub auto_extend: Option<AutoExtend>,
+    pub auto_extend: Option<Growth>,
     /// It is being merged into its origin.
     #[serde(default)]
     pub merging: bool,
@@ -143,6 +123,7 @@ impl SnapshotRecord {
         AttachedStore {
             snapshot: self.name.clone(),
             cow: self.cow.clone(),
+            bytes: self.bytes,
             mark: if self.merging {
                 Mark::Merging
             } else {

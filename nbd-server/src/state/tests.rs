@@ -165,8 +165,9 @@ fn snapshot(name: &str, cow: &str) -> SnapshotRecord {
         cow: cow.into(),
         kind: Kind::Persistent,
         limit: Some(1 << 30),
+        bytes: Some(1 << 20),
         read_only: false,
-        on_full: super::record::Full::Invalidate,
+        on_full: crate::control::protocol::WhenFull::Invalidate,
         auto_extend: None,
         merging: false,
     }
@@ -436,6 +437,7 @@ fn store(name: &str, mark: Mark) -> AttachedStore {
     AttachedStore {
         snapshot: name.into(),
         cow: format!("/cows/{name}").into(),
+        bytes: None,
         mark,
     }
 }

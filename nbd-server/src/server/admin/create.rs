@@ -166,6 +166,7 @@ impl Administrator {
     ) -> Result<(), Refused> {
         let volume = self.registry.volume(&name.volume).expect("checked before");
         let origin = &volume.origin;
+        let behaviour = self.behaviour(create);
         let beside = || disks::default_cow(origin, &name.snapshot);
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
@@ -178,17 +179,24 @@ impl Administrator {
             adopt: false,
             must_exist: false,
             merging: false,
+            bytes: None,
+            behaviour: Some(behaviour),
         };
         plan.add(&name.volume, origin, &request, &mut self.taken)?;
         Ok(())
     }
 
-    /// Sort the stores by volume, in the one order in which volumes are held.
-    fn parts(&self, create: &SnapshotCreate, made: Vec<OpenSnapshot>) -> Vec<Part> {
-        let behaviour = Defaults {
+    /// How the new snapshots behave.
+    fn behaviour(&self, create: &SnapshotCreate) -> Defaults {
+        Defaults {
             on_full: create.on_full.map_or(self.defaults.on_full, OnFull::from),
             auto_extend: create.auto_extend.or(self.defaults.auto_extend),
-        };
+        }
+    }
+
+    /// Sort the stores by volume, in the one order in which volumes are held.
+    fn parts(&self, create: &SnapshotCreate, made: Vec<OpenSnapshot>) -> Vec<Part> {
+        let behaviour = self.behaviour(create);
         let mut parts: BTreeMap<VolumeId, Part> = BTreeMap::new();
         for (name, mut open) in create.snapshots.iter().zip(made) {
             let volume = self.registry.volume(&name.volume).expect("checked before");
@@ -199,7 +207,7 @@ impl Administrator {
                 snapshots: Vec::new(),
                 facts: Vec::new(),
             });
-            part.facts.push(SnapshotFacts::of(&mut open));
+            part.facts.push(SnapshotFacts::of(&mut open, behaviour));
             let settings = behaviour.settings(&open, volume.origin.bytes);
             part.snapshots.push(new_snapshot(open, settings));
         }
@@ -288,7 +296,7 @@ impl Administrator {
                 .volume_mut(&part.name)
                 .expect("volumes stay while an order is executed");
             for (id, facts) in part.ids.into_iter().zip(part.facts) {
-                let entry = SnapshotEntry::new(id, volume.origin.bytes, taken, facts);
+                let entry = SnapshotEntry::new(id, taken, facts);
                 volume.snapshots.push(entry);
             }
         }

@@ -6,7 +6,7 @@ use super::Administrator;
 use super::refusal::Refused;
 use crate::cli::size;
 use crate::control::protocol::{
-    Answer, EventKind, EventReport, SnapshotExtend, StoreLimit, VolumeResize,
+    Answer, EventKind, EventReport, SnapshotExtend, SnapshotName, StoreLimit, VolumeResize,
 };
 use crate::io::VolumeOrder;
 
@@ -15,6 +15,7 @@ impl Administrator {
         let name = &extend.snapshot;
         let (shard, volume, entry) = self.find(name)?;
         let snapshot = entry.id;
+        let entry_is_device = entry.cow_is_block_device;
         let limit = match (extend.size, entry.cow_is_block_device) {
             (Some(_), true) => return Err(Refused::ExtendDevice(name.clone())),
             (None, false) => return Err(Refused::ExtendBy(name.clone())),
@@ -35,11 +36,24 @@ impl Administrator {
         let limit = self
             .wait(shard, &answer, None)?
             .map_err(|why| Refused::NotExtended(name.clone(), why))?;
+        if !entry_is_device {
+            self.set_limit(name, limit)?;
+        }
         let event = EventReport::new(EventKind::Extended).of_volume(&name.volume);
         let event = event.of_snapshot(&name.snapshot);
         self.events
             .publish(event.saying(format!("to {}", size::show(limit))));
         self.report_named(std::slice::from_ref(name))
+    }
+
+    /// Remember how far a store may grow.
+    fn set_limit(&mut self, name: &SnapshotName, limit: u64) -> Result<(), Refused> {
+        let volume = self.registry.volume_mut(&name.volume);
+        let entries = volume.into_iter().flat_map(|one| &mut one.snapshots);
+        for entry in entries.filter(|entry| entry.name == name.snapshot) {
+            entry.limit = Some(limit);
+        }
+        self.record(|_| ())
     }
 
     pub(super) fn resize(&mut self, resize: &VolumeResize) -> Result<Answer, Refused> {

@@ -18,7 +18,7 @@ use crate::names;
 use crate::server::moving::{self, Moving};
 use crate::server::registry::VolumeEntry;
 use crate::server::setup::OpenVolume;
-use crate::state::admission::{Recorded, admit, files_to_make, with_merges};
+use crate::state::admission::{Recorded, admit, as_listed, files_to_make};
 use crate::state::keeper::Change;
 
 /// A volume that closes has this long.
@@ -75,7 +75,7 @@ impl Administrator {
         without: &[PathBuf],
     ) -> Result<(), Refused> {
         let name = request.name.clone();
-        let requests = with_merges(&self.keeper, vec![request])?;
+        let requests = as_listed(&self.keeper, vec![request])?;
         let plan = disks::inspect(requests, &mut self.taken)?;
         let mut next = self.recorded();
         let mut files = Vec::new();
@@ -234,5 +234,7 @@ fn request(store: &StoreToServe) -> SnapshotRequest {
         adopt: store.adopt,
         must_exist: false,
         merging: false,
+        bytes: None,
+        behaviour: None,
     }
 }
