@@ -27,6 +27,10 @@
 //!
 //! A write that needs none of this goes around all of it: [`Volume::write_now`].
 //!
+//! # Merges
+//!
+//! An origin is rolled back to a snapshot in `volume/merge`: see there.
+//!
 //! # Invariants
 //!
 //! - A chunk's copy never moves, and is never given back.

@@ -127,7 +127,7 @@ impl Checks {
     pub fn cut_merge(self, cut: Cut) -> Report {
         let mut rng = Rng::new(cut.seed);
         let plan = Plan::small_merge(&mut rng);
-        let mut world = World::of_plan(rng, plan, 1, self.told);
+        let mut world = World::of_plan(rng, plan, 0, self.told);
         let played = catch_unwind(AssertUnwindSafe(|| self.play_cut(&mut world, cut)));
         Self::report(world, played)
     }
@@ -140,7 +140,6 @@ impl Checks {
             return Self::finish(session);
         }
         let Session { world, .. } = session;
-        world.crashes_left = 0;
         world.rng = Rng::new(cut.seed ^ (cut.after << 16) ^ (cut.salt << 48));
         say!(world, "-- the power fails");
         world.crash(Crash::Power);
