@@ -204,6 +204,8 @@ mutants! {
     mutant_reads_not_drained_is_found ReadsNotDrained,
     mutant_trim_of_the_uncopied_is_found TrimUncopied,
     mutant_flush_that_joins_a_running_one_is_found FlushJoinsRunning,
+    mutant_suspended_without_a_flush_is_found SuspendWithoutFlush,
+    mutant_removed_before_its_end_is_found RemovedBeforeItsEnd,
 }
 
 /// Seeds that found something once. The sentence is what must not come back.
