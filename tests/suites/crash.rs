@@ -210,6 +210,8 @@ mutants! {
     mutant_merge_that_overtakes_writes_is_found MergeWritesNotDrained,
     mutant_merge_that_releases_early_is_found MergeReleasedEarly,
     mutant_merge_with_a_flush_of_one_device_is_found MergeFlushOneDevice,
+    mutant_suspended_without_a_flush_is_found SuspendWithoutFlush,
+    mutant_removed_before_its_end_is_found RemovedBeforeItsEnd,
 }
 
 /// Seeds that found something once. The sentence is what must not come back.
