@@ -162,7 +162,7 @@ fn expect_clean(found: &Search) {
 
 /// Break a rule; the search must notice, within a bounded number of runs.
 fn must_be_found(mutant: Mutant) {
-    const MOST: u64 = 20_000;
+    const MOST: u64 = 40_000;
     let checks = Checks {
         mutant,
         told: false,
