@@ -312,7 +312,8 @@ fn lines(volumes: &[OpenVolume], addresses: &[ListenAddr]) -> Vec<String> {
 /// Print the lines at once. Whoever started the server may not be listening.
 fn announce(lines: &[String]) {
     let mut out = std::io::stdout().lock();
-    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-    let _ = out.write_all(text.as_bytes());
+    for line in lines {
+        let _ = writeln!(out, "{line}");
+    }
     let _ = out.flush();
 }

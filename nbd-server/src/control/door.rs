@@ -193,7 +193,7 @@ async fn next_order(reader: &mut BufReader<OwnedReadHalf>) -> Heard {
     let most = LINE_MAX as u64;
     let read = async { reader.take(most).read_until(b'\n', &mut line).await };
     match timeout(SILENCE, read).await {
-        Ok(Ok(0)) | Ok(Err(_)) => return Heard::Nothing,
+        Ok(Ok(0) | Err(_)) => return Heard::Nothing,
         Err(_) if line.is_empty() => return Heard::Nothing,
         Err(_) => {
             let waited = SILENCE.as_secs();

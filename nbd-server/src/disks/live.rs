@@ -104,8 +104,7 @@ fn must_be_new(
 /// A refusal in the words of an order, which has no `,format`.
 fn in_live_words(refusal: Refusal) -> Refusal {
     let cause = match refusal.cause {
-        Cause::Foreign(what) => Cause::NotEmpty(what),
-        Cause::Header(what) => Cause::NotEmpty(what),
+        Cause::Foreign(what) | Cause::Header(what) => Cause::NotEmpty(what),
         Cause::Store(_) | Cause::Persistent => Cause::StoreThere,
         other => other,
     };

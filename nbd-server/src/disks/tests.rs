@@ -65,7 +65,8 @@ impl Bench {
     }
 
     fn open(&self, snapshots: Vec<SnapshotRequest>) -> Result<Opened, Refusal> {
-        inspect(vec![self.volume(snapshots)])?.carry_out()
+        inspect(vec![self.volume(snapshots)], &mut Taken::default())?
+            .carry_out(&mut Taken::default())
     }
 
     /// Refused, with every file as it was; the message.
@@ -75,7 +76,9 @@ impl Bench {
 
     fn volumes_refused(&self, volumes: Vec<VolumeRequest>) -> String {
         let before = self.state();
-        let message = inspect(volumes).unwrap_err().to_string();
+        let message = inspect(volumes, &mut Taken::default())
+            .unwrap_err()
+            .to_string();
         assert_eq!(self.state(), before, "{message}");
         assert!(!message.contains('\n'), "{message}");
         message
@@ -180,7 +183,8 @@ fn a_file_has_what_it_can_need_or_what_size_allows() {
     };
     let opened = bench.open(vec![transient]).unwrap();
     assert_eq!(bench.len("transient"), MIB);
-    for scratch in opened.scratch {
+    let snapshots = opened.volumes.into_iter().flat_map(|one| one.snapshots);
+    for scratch in snapshots.filter_map(|one| one.scratch) {
         scratch.discard().unwrap();
     }
     assert_eq!(bench.len("transient"), 0);
@@ -305,8 +309,8 @@ fn what_is_open_is_locked() {
     drop(opened);
     let mut reader = bench.volume(vec![bench.snapshot("new")]);
     reader.read_only = true;
-    let first = inspect(vec![reader.clone()]).unwrap();
-    let second = inspect(vec![reader]).unwrap();
+    let first = inspect(vec![reader.clone()], &mut Taken::default()).unwrap();
+    let second = inspect(vec![reader], &mut Taken::default()).unwrap();
     assert!(bench.refused(vec![]).contains("is already open"));
     drop((first, second));
     bench.open(vec![]).unwrap();
@@ -320,7 +324,10 @@ fn reading_changes_nothing() {
     let mut volume = bench.volume(vec![bench.snapshot("cow"), bench.snapshot("torn")]);
     volume.read_only = true;
     let before = bench.state();
-    let opened = inspect(vec![volume]).unwrap().carry_out().unwrap();
+    let opened = inspect(vec![volume], &mut Taken::default())
+        .unwrap()
+        .carry_out(&mut Taken::default())
+        .unwrap();
     let snapshots = &opened.volumes[0].snapshots;
     assert!(
         snapshots
@@ -348,9 +355,13 @@ fn reading_changes_nothing() {
 fn a_torn_area_is_repaired_and_a_copy_is_kept() {
     let bench = Bench::new();
     bench.put("torn", &torn_store());
-    let plan = inspect(vec![bench.volume(vec![bench.snapshot("torn")])]).unwrap();
+    let plan = inspect(
+        vec![bench.volume(vec![bench.snapshot("torn")])],
+        &mut Taken::default(),
+    )
+    .unwrap();
     assert_eq!(std::fs::read(bench.path("torn")).unwrap(), torn_store());
-    let opened = plan.carry_out().unwrap();
+    let opened = plan.carry_out(&mut Taken::default()).unwrap();
     assert!(matches!(&opened.notes[0], Note::Warning(text) if text.contains("torn.torn-0")));
     let kept = std::fs::read(bench.path("torn.torn-0")).unwrap();
     assert_eq!(kept, torn_store()[CHUNK as usize..2 * CHUNK as usize]);
@@ -372,10 +383,13 @@ fn a_failure_takes_back_what_was_made() {
     std::fs::create_dir(bench.path("folder")).unwrap();
     let names = ["new", "empty", "zeros", "folder/gone"];
     let wanted = names.map(|name| bench.snapshot(name)).to_vec();
-    let plan = inspect(vec![bench.volume(wanted)]).unwrap();
+    let plan = inspect(vec![bench.volume(wanted)], &mut Taken::default()).unwrap();
     let before = bench.state();
     std::fs::remove_dir(bench.path("folder")).unwrap();
-    let message = plan.carry_out().unwrap_err().to_string();
+    let message = plan
+        .carry_out(&mut Taken::default())
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("folder/gone"), "{message}");
     assert_eq!(bench.state(), before);
 }
@@ -386,11 +400,14 @@ fn a_copy_that_cannot_be_kept_stops_the_repair_and_everything_else() {
     std::fs::create_dir(bench.path("folder")).unwrap();
     bench.put("folder/torn", &torn_store());
     let wanted = vec![bench.snapshot("new"), bench.snapshot("folder/torn")];
-    let plan = inspect(vec![bench.volume(wanted)]).unwrap();
+    let plan = inspect(vec![bench.volume(wanted)], &mut Taken::default()).unwrap();
     // The store itself stays open; there is no place for its copy any more.
     std::fs::rename(bench.path("folder"), bench.path("moved")).unwrap();
     let before = bench.state();
-    let message = plan.carry_out().unwrap_err().to_string();
+    let message = plan
+        .carry_out(&mut Taken::default())
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("folder/torn.torn-0"), "{message}");
     assert_eq!(bench.state(), before);
 }

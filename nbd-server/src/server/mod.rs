@@ -30,7 +30,7 @@ use std::time::Duration;
 use crate::control::door::Door;
 use crate::io::{Herald, Shard};
 use crate::nbd::export::{CatalogError, Export};
-use admin::{Admin, Administrator, Mailroom};
+use admin::{Admin, Administrator, Mailroom, Outfit};
 use directory::Directory;
 use events::Events;
 use front::Front;
@@ -114,13 +114,15 @@ impl RunningServer {
         let shards = Arc::new(shards);
         let administrator = Administrator::new(
             registry,
-            setup.taken,
-            Box::new(keeper::Forgetful),
+            Outfit {
+                taken: setup.taken,
+                keeper: Box::new(keeper::Forgetful),
+                defaults: setup.defaults,
+            },
             Arc::clone(&directory),
             Arc::clone(&shards),
             Arc::clone(&events),
             mailroom,
-            setup.defaults,
         );
         let runner = match setup.on_event.map(|command| Runner::start(events, command)) {
             None => None,

@@ -302,6 +302,10 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
         volumes: vec![volume(), volume()],
         listeners: Vec::new(),
         threads: 1,
+        control: None,
+        taken: Taken::default(),
+        defaults: super::setup::Defaults::default(),
+        on_event: None,
     };
     let refused = RunningServer::start(setup).unwrap_err();
     assert!(matches!(refused, ServerError::Catalog(_)), "{refused}");

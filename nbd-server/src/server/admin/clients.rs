@@ -7,12 +7,12 @@ use nbdsnap_engine::View;
 use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{Answer, ClientReport, Disconnect};
-use crate::io::ClientStatus;
+use crate::io::{ClientStatus, Shard};
 use crate::names;
 
 impl Administrator {
     pub(super) fn report_clients(&self) -> Result<Answer, Refused> {
-        let asked: Vec<_> = self.shards.iter().map(|shard| shard.clients()).collect();
+        let asked: Vec<_> = self.shards.iter().map(Shard::clients).collect();
         let mut clients = Vec::new();
         for (shard, answer) in asked.into_iter().enumerate() {
             let here = self.wait(shard, &answer, None)?;

@@ -20,7 +20,7 @@ use crate::server::registry::VolumeEntry;
 use crate::server::setup::OpenVolume;
 
 /// A volume that closes has this long.
-const LEAVE: Duration = Duration::from_secs(60);
+const LEAVE: Duration = Duration::from_mins(1);
 
 impl Administrator {
     pub(super) fn add_volume(&mut self, add: &VolumeAdd) -> Result<Answer, Refused> {
