@@ -128,7 +128,7 @@ fn a_full_store_may_refuse_writes_and_live() {
     ];
     done(&server, &words);
     let mut client = attach(&server, "disk");
-    let error = client.write(0, &[7; 2 * MIB], false).unwrap_err();
+    let error = client.write(0, &vec![7; 2 * MIB], false).unwrap_err();
     assert!(
         error.to_string().to_lowercase().contains("space"),
         "{error}"
@@ -163,7 +163,7 @@ fn stores_grow_by_themselves() {
     );
     let mut client = attach(&server, "disk");
     for at in (0..4 * MIB).step_by(64 << 10) {
-        client.write(at as u64, &[7; 64 << 10], false).unwrap();
+        client.write(at as u64, &vec![7; 64 << 10], false).unwrap();
     }
     assert!(contents(&server, "disk@a") == before);
     let status = done(&server, &["snapshot", "status", "disk@a"]);
@@ -189,7 +189,9 @@ fn a_disk_that_has_grown_is_seen_and_snapshots_keep_their_size() {
     assert_eq!(told[0]["bytes"], 6 * MIB);
     let mut client = attach(&server, "disk");
     assert_eq!(client.size(), 6 * MIB as u64);
-    client.write(3 * MIB as u64, &[9; 3 * MIB], true).unwrap();
+    client
+        .write(3 * MIB as u64, &vec![9; 3 * MIB], true)
+        .unwrap();
     assert!(contents(&server, "disk@then") == before);
     done(&server, &["snapshot", "create", "disk@now"]);
     assert_eq!(attach(&server, "disk@now").size(), 6 * MIB as u64);

@@ -70,7 +70,7 @@ fn a_snapshot_comes_and_goes_under_clients_that_stay_attached() {
     let server = &scene.server;
     let mut origin = attach(server, "disk");
     let mut then = scene.before[0].clone();
-    origin.write(1000, &[1; 70_000], false).unwrap();
+    origin.write(1000, &vec![1; 70_000], false).unwrap();
     then[1000..71_000].fill(1);
 
     let taken = scene.done(&["snapshot", "create", "disk@then", "--chunk", "4K"]);
@@ -79,7 +79,7 @@ fn a_snapshot_comes_and_goes_under_clients_that_stay_attached() {
     assert_eq!(taken[0]["cow"], cow.to_str().unwrap());
     assert_eq!(taken[0]["chunk_bytes"], 4096);
     assert!(cow.exists());
-    origin.write(0, &[2; 4 * MIB], false).unwrap();
+    origin.write(0, &vec![2; 4 * MIB], false).unwrap();
     assert_eq!(contents(server, "disk@then"), then);
     assert_eq!(listed(server, scene.folder.path()), ["disk", "disk@then"]);
 
@@ -114,13 +114,13 @@ fn a_hundred_and_one_snapshots_of_one_volume() {
     let mut views = Vec::new();
     for n in 0..101u8 {
         let at = usize::from(n) * 37_003;
-        origin.write(at as u64, &[n; 20_000], false).unwrap();
+        origin.write(at as u64, &vec![n; 20_000], false).unwrap();
         model[at..at + 20_000].fill(n);
         views.push(model.clone());
         let name = format!("disk@{n}");
         scene.done(&["snapshot", "create", &name, "--chunk", "64K"]);
     }
-    origin.write(0, &[200; 4 * MIB], true).unwrap();
+    origin.write(0, &vec![200; 4 * MIB], true).unwrap();
     for (n, view) in views.iter().enumerate() {
         assert!(
             contents(server, &format!("disk@{n}")) == *view,
@@ -275,9 +275,9 @@ fn a_disk_is_rolled_back_to_a_snapshot() {
     let names = ["disk@one", "disk@two"];
     scene.done(&["snapshot", "create", names[0]]);
     let mut origin = attach(server, "disk");
-    origin.write(0, &[1; MIB], false).unwrap();
+    origin.write(0, &vec![1; MIB], false).unwrap();
     scene.done(&["snapshot", "create", names[1]]);
-    origin.write(0, &[2; 3 * MIB], true).unwrap();
+    origin.write(0, &vec![2; 3 * MIB], true).unwrap();
     let in_use = nbdsnap_tests::harness::live::refused(server, &["snapshot", "merge", names[0]]);
     assert!(in_use.contains("--when-idle"), "{in_use}");
 

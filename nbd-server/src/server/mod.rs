@@ -30,7 +30,7 @@ use crate::control::door::Door;
 use crate::io::{Herald, Shard};
 use crate::nbd::export::{CatalogError, Export};
 use crate::state::keeper::StateError;
-use admin::{Admin, Administrator, Mailroom};
+use admin::{Admin, Administrator, Mailroom, Outfit};
 use directory::Directory;
 use events::Events;
 use front::Front;
@@ -128,13 +128,15 @@ impl RunningServer {
         let shards = Arc::new(shards);
         let administrator = Administrator::new(
             registry,
-            setup.taken,
-            keeper,
+            Outfit {
+                taken: setup.taken,
+                keeper,
+                defaults: setup.defaults,
+            },
             Arc::clone(&directory),
             Arc::clone(&shards),
             Arc::clone(&events),
             mailroom,
-            setup.defaults,
         );
         let runner = match setup.on_event.map(|command| Runner::start(events, command)) {
             None => None,

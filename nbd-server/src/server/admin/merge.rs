@@ -18,7 +18,7 @@ use crate::server::registry::{MergeState, Suspension};
 use crate::state::record::State;
 
 /// A disk comes to rest within this time, mostly.
-const BEGIN: Duration = Duration::from_secs(60);
+const BEGIN: Duration = Duration::from_mins(1);
 
 impl Administrator {
     pub(super) fn merge(&mut self, merge: &SnapshotMerge) -> Result<Answer, Refused> {

@@ -71,6 +71,17 @@ pub(super) struct Administrator {
     defaults: Defaults,
 }
 
+/// What an administrator is given to begin with.
+#[derive(Debug)]
+pub(super) struct Outfit {
+    /// The files that are used.
+    pub(super) taken: Taken,
+    /// Remembers durably.
+    pub(super) keeper: Keeper<SystemFiles>,
+    /// How snapshots behave unless it is said.
+    pub(super) defaults: Defaults,
+}
+
 /// Where letters arrive, from before the administrator is there.
 #[derive(Debug)]
 pub(super) struct Mailroom {
@@ -117,14 +128,17 @@ impl Herald for Crier {
 impl Administrator {
     pub(super) fn new(
         registry: Registry,
-        taken: Taken,
-        keeper: Keeper<SystemFiles>,
+        outfit: Outfit,
         directory: Arc<Directory>,
         shards: Arc<Vec<Shard>>,
         events: Arc<Events>,
         mailroom: Mailroom,
-        defaults: Defaults,
     ) -> Self {
+        let Outfit {
+            taken,
+            keeper,
+            defaults,
+        } = outfit;
         Self {
             volumes: registry.volumes.len() as u32,
             registry,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
-use crate::disks::{shown, sync_folder_of};
+use crate::disks::{Scratch, shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
 use crate::server::registry::{MergeState, SnapshotEntry};
 use crate::state::keeper::Change;
@@ -122,7 +122,7 @@ pub(super) fn clean_up(
     let done = if delete {
         delete_store(&entry)
     } else {
-        entry.scratch.map_or(Ok(()), |scratch| scratch.discard())
+        entry.scratch.map_or(Ok(()), Scratch::discard)
     };
     done.map_err(|error| Refused::NotDeleted(name.clone(), path, error.to_string()))
 }

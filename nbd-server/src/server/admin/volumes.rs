@@ -22,7 +22,7 @@ use crate::state::admission::{Recorded, admit, as_listed, files_to_make};
 use crate::state::keeper::Change;
 
 /// A volume that closes has this long.
-const LEAVE: Duration = Duration::from_secs(60);
+const LEAVE: Duration = Duration::from_mins(1);
 
 impl Administrator {
     pub(super) fn add_volume(&mut self, add: &VolumeAdd) -> Result<Answer, Refused> {
