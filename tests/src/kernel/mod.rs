@@ -7,15 +7,21 @@
 //! - [`program`]: programs as they are put into it,
 //! - [`slices`]: many small devices on one disk,
 //! - [`play`]: requests from a seed, played on devices or on NBD exports,
-//! - [`exports`]: what nbdsnap shows of an origin and its stores.
+//! - [`exports`]: what nbdsnap shows of an origin and its stores,
+//! - [`load`]: requests on several volumes at once, over restarts,
+//! - [`log`]: the log of a `dm-log-writes` device,
+//! - [`replay`]: the states that a crash could have left, one after the other.
 //!
 //! A boot costs some seconds of processor time, since nothing but emulation can
 //! be counted on: suites do many cases in each.
 
 pub mod exports;
+pub mod load;
+pub mod log;
 pub mod machine;
 pub mod play;
 pub mod program;
+pub mod replay;
 pub mod slices;
 pub mod vm;
 

@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_mins(5);
 #[derive(Debug)]
 pub struct Vm<'a> {
     machine: &'a Machine,
+    processors: u32,
     disks: Vec<(PathBuf, u32)>,
     files: Vec<(String, Vec<u8>)>,
 }
@@ -31,9 +32,16 @@ impl<'a> Vm<'a> {
     pub fn new(machine: &'a Machine) -> Self {
         Self {
             machine,
+            processors: 2,
             disks: Vec::new(),
             files: Vec::new(),
         }
+    }
+
+    /// With so many processors instead of two.
+    pub fn processors(&mut self, processors: u32) -> &mut Self {
+        self.processors = processors;
+        self
     }
 
     /// The next disk.
@@ -91,7 +99,8 @@ impl<'a> Vm<'a> {
     fn command(&self, ram_disk: &Path, console: &Path) -> Command {
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi"])
-            .args(["-cpu", "max", "-smp", "2", "-m", "1024"])
+            .args(["-cpu", "max", "-smp", &self.processors.to_string()])
+            .args(["-m", "1024"])
             .args(["-display", "none", "-monitor", "none", "-net", "none"])
             .args(["-no-reboot", "-nodefaults"])
             .arg("-kernel")
