@@ -31,6 +31,9 @@ const MOST_LOADS: u64 = 4;
 /// What is done inside the machine with each start of the server.
 const FUNCTIONS: &str = "
 modprobe dm-log-writes
+# See record() for why: nothing may hold up a flush of the device.
+echo 0 >/sys/block/vda/queue/wbt_lat_usec
+echo none >/sys/block/vda/queue/scheduler
 # serve EXPORTS ARGUMENT...: start the server and wait for its exports.
 serve() {
     exports=$1
@@ -73,9 +76,10 @@ fn record(machine: &Machine, folder: &Path, seed: u64, mutant: Option<Mutant>) -
         .expect("a test file can be made");
 
     let mut vm = Vm::new(machine);
-    // On two processors a flush can take the writes that it is to be logged behind,
-    // and then be overtaken by a flush that comes later: the log would say that
-    // those writes came after what had waited for them.
+    // A flush takes the writes that it is to be logged behind when it arrives, and
+    // is logged when it ends. Where a later one can overtake it, on another
+    // processor or past the throttling of writes, the log says that those writes
+    // came after what had waited for the later one, and that is not what happened.
     vm.processors(1);
     vm.disk(&disk).disk(&log).program(Path::new(PLAYER));
     vm.program(&match mutant {
@@ -83,10 +87,6 @@ fn record(machine: &Machine, folder: &Path, seed: u64, mutant: Option<Mutant>) -
         Some(_) => program::stripped(mutant_program()),
     });
     let said = vm.run(&script(load, &slices, mutant));
-    if let Some(keep) = std::env::var_os("DEBUG_KEEP") {
-        std::fs::copy(&log, Path::new(&keep).join("log")).unwrap();
-        std::fs::copy(slices.path(), Path::new(&keep).join("before")).unwrap();
-    }
     let entries = log::read(&log).unwrap_or_else(|why| panic!("{why}\n{}", said.lines.join("\n")));
     Recorded {
         load,
