@@ -36,6 +36,8 @@ mutants! {
     OriginWriteEarly,
     /// An exception of a snapshot's own write, still volatile, lets an origin write pass.
     VolatileTakenForDurable,
+    /// The same for origin writes that are done at once (`write_now`), and only those.
+    WriteNowOnVolatile,
     /// A snapshot is taken without flushing the origin.
     CreateWithoutFlush,
     /// A snapshot is taken while origin writes are in flight.
@@ -107,6 +109,12 @@ impl Law {
     /// A committed exception counts only once it is durable.
     pub(crate) fn volatile_is_not_durable(self) -> bool {
         self.holds(Mutant::VolatileTakenForDurable)
+    }
+
+    /// An origin write that is done at once finds its exceptions durable, not
+    /// only there.
+    pub(crate) fn write_now_on_durable(self) -> bool {
+        self.holds(Mutant::WriteNowOnVolatile)
     }
 
     /// The origin is durable at the instant of a snapshot.

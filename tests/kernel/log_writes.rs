@@ -12,7 +12,7 @@ use nbdsnap_engine::law::Mutant;
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::program::{MUTANT_VARIABLE, mutant_program};
 use nbdsnap_tests::harness::random::{Random, long_run};
-use nbdsnap_tests::kernel::load::{self, Load, ROUNDS, VOLUMES};
+use nbdsnap_tests::kernel::load::{self, Load, VOLUMES};
 use nbdsnap_tests::kernel::log::{self, Entry};
 use nbdsnap_tests::kernel::machine::Machine;
 use nbdsnap_tests::kernel::replay::{Replay, Sample, Violation, slice_name};
@@ -57,14 +57,13 @@ struct Recorded {
 }
 
 /// Play a load in the virtual machine and take in its log.
-fn record(machine: &Machine, folder: &Path, seed: u64, mutant: Option<Mutant>) -> Recorded {
-    let load = Load { seed };
-    let mut random = Random::new(seed);
+fn record(machine: &Machine, folder: &Path, load: Load, mutant: Option<Mutant>) -> Recorded {
+    let mut random = Random::new(load.seed);
     let mut slices = Slices::create(&folder.join("before"));
     for (volume, shape) in VOLUMES.iter().enumerate() {
         let image = random.bytes(shape.bytes as usize);
         slices.add_filled(&slice_name(volume, None), &image);
-        for snapshot in 0..load::snapshots(ROUNDS - 1) {
+        for snapshot in 0..load::snapshots(load.rounds - 1) {
             slices.add(&slice_name(volume, Some(snapshot)), shape.cow_bytes);
         }
     }
@@ -102,7 +101,7 @@ fn script(load: Load, slices: &Slices, mutant: Option<Mutant>) -> String {
     }
     script += "dmsetup create log --table \"0 $(sectors /dev/vda) log-writes /dev/vda /dev/vdb\"\n";
     script += &slices.script("/dev/mapper/log");
-    for round in 0..ROUNDS {
+    for round in 0..load.rounds {
         let snapshots = load::snapshots(round);
         let _ = write!(script, "serve {}", VOLUMES.len() * (1 + snapshots));
         for (volume, shape) in VOLUMES.iter().enumerate() {
@@ -179,7 +178,7 @@ fn every_state_that_a_crash_could_leave_shows_each_snapshot_exactly() {
     let (start, limit) = (Instant::now(), long_run().unwrap_or_default());
     for seed in first.. {
         let folder = folder();
-        let recorded = record(machine, folder.path(), seed, None);
+        let recorded = record(machine, folder.path(), Load { seed, rounds: 3 }, None);
         println!("seed {seed}: recorded after {:.1?}", start.elapsed());
         let replay = Replay::new(recorded.load, &recorded.slices);
         let (tally, samples) = match replay.play(&recorded.entries) {
@@ -212,7 +211,12 @@ fn one_flush_for_two_is_found() {
     let first = seed(SUITE, "one_flush");
     for seed in first..first + MOST_LOADS {
         let folder = folder();
-        let recorded = record(machine, folder.path(), seed, Some(Mutant::OneFlush));
+        let recorded = record(
+            machine,
+            folder.path(),
+            Load { seed, rounds: 1 },
+            Some(Mutant::OneFlush),
+        );
         if let Some(Violation(why)) = violation(&recorded) {
             println!("seed {seed}: found in load {}: {why}", seed - first + 1);
             return;

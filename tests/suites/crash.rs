@@ -195,6 +195,7 @@ mutants! {
     mutant_no_scrub_is_found NoScrub,
     mutant_origin_write_early_is_found OriginWriteEarly,
     mutant_volatile_taken_for_durable_is_found VolatileTakenForDurable,
+    mutant_write_now_on_volatile_is_found WriteNowOnVolatile,
     mutant_create_without_flush_is_found CreateWithoutFlush,
     mutant_create_without_drain_is_found CreateWithoutDrain,
     mutant_store_create_with_one_flush_is_found StoreCreateOneFlush,

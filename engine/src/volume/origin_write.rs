@@ -220,7 +220,10 @@ impl Volume {
             && !self.origin_reads.overlaps(offset, end)
             && self.snapshots.iter().all(|s| match s.state {
                 State::Creating | State::Invalid => true,
-                State::Active | State::Overflowed => s.is_durable(offset, end, self.law),
+                State::Active | State::Overflowed if self.law.write_now_on_durable() => {
+                    s.is_durable(offset, end, self.law)
+                }
+                State::Active | State::Overflowed => s.is_mapped(offset, end),
                 State::Invalidating(_) | State::Unmarked => false,
             });
         if !clear {

@@ -25,10 +25,11 @@ fn run(args: &[String]) -> Result<(), String> {
     let [seed, round, socket] = args else {
         return Err("SEED ROUND SOCKET".to_owned());
     };
+    let round: usize = round.parse().map_err(|e| format!("{round}: {e}"))?;
     let load = Load {
         seed: seed.parse().map_err(|e| format!("{seed}: {e}"))?,
+        rounds: round + 1,
     };
-    let round: usize = round.parse().map_err(|e| format!("{round}: {e}"))?;
     let address = ListenAddr::Unix(PathBuf::from(socket));
     let mut volumes = Vec::new();
     for volume in 0..VOLUMES.len() {

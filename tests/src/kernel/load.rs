@@ -13,12 +13,10 @@ use crate::harness::random::Random;
 const SECTOR: u64 = 512;
 const PAGE: u64 = 4096;
 
-/// Starts of the server.
-pub const ROUNDS: usize = 3;
 /// Segments of a round.
-pub const SEGMENTS: usize = 4;
+pub const SEGMENTS: usize = 3;
 /// Waves of a segment, for each volume.
-const WAVES: u64 = 6;
+const WAVES: u64 = 5;
 /// Requests of a wave, at most.
 const REQUESTS: u64 = 8;
 /// The longest write, if a chunk is shorter.
@@ -70,6 +68,8 @@ pub struct Sent {
 pub struct Load {
     /// The seed of all choices.
     pub seed: u64,
+    /// Starts of the server.
+    pub rounds: usize,
 }
 
 /// Snapshots of each volume in a round: two in the first, one more in each later one.
@@ -96,7 +96,7 @@ impl Load {
     /// The waves of one volume in a segment: within a wave no two writes touch
     /// the same sector of a view.
     pub fn waves(self, volume: usize, round: usize, segment: usize) -> Vec<Vec<Sent>> {
-        let number = (volume * ROUNDS + round) * SEGMENTS + segment;
+        let number = (round * SEGMENTS + segment) * VOLUMES.len() + volume;
         let mut random = Random::new(self.seed ^ (number as u64 + 1) << 40);
         let shape = VOLUMES[volume];
         (0..WAVES)

@@ -12,7 +12,7 @@ pub mod disk;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use super::load::{self, Load, ROUNDS, SEGMENTS, VOLUMES};
+use super::load::{self, Load, SEGMENTS, VOLUMES};
 use super::log::{END, Entry, Logged};
 use super::slices::Slices;
 use crate::harness::random::Random;
@@ -112,7 +112,7 @@ impl<'a> Replay<'a> {
     /// `slices`, named by [`slice_name`].
     pub fn new(load: Load, slices: &'a Slices) -> Self {
         let disk = |volume: usize| {
-            let stores = 0..load::snapshots(ROUNDS - 1);
+            let stores = 0..load::snapshots(load.rounds - 1);
             let cows = stores.map(|n| slices.read(&slice_name(volume, Some(n))));
             let origin = slices.read(&slice_name(volume, None));
             Disk::new(VOLUMES[volume], origin, cows.collect())
@@ -331,7 +331,7 @@ impl<'a> Replay<'a> {
                 self.end(round, segment);
                 if segment + 1 < SEGMENTS {
                     self.begin(round, segment + 1);
-                } else if round + 1 < ROUNDS {
+                } else if round + 1 < self.load.rounds {
                     self.next = Next::Taken(round + 1);
                 } else {
                     self.next = Next::End;
