@@ -7,6 +7,7 @@
 //! - [`program`]: programs as they are put into it,
 //! - [`slices`]: many small devices on one disk,
 //! - [`play`]: requests from a seed, played on devices or on NBD exports,
+//! - [`compare`]: comparisons that can be tried themselves,
 //! - [`exports`]: what nbdsnap shows of an origin and its stores,
 //! - [`load`]: requests on several volumes at once, over restarts,
 //! - [`log`]: the log of a `dm-log-writes` device,
@@ -15,6 +16,7 @@
 //! A boot costs some seconds of processor time, since nothing but emulation can
 //! be counted on: suites do many cases in each.
 
+pub mod compare;
 pub mod exports;
 pub mod load;
 pub mod log;
