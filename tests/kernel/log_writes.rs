@@ -86,6 +86,8 @@ fn record(machine: &Machine, folder: &Path, load: Load, mutant: Option<Mutant>) 
         Some(_) => program::stripped(mutant_program()),
     });
     let said = vm.run(&script(load, &slices, mutant));
+    let announced = said.value("log").contains("MUTANT");
+    assert_eq!(announced, mutant.is_some(), "the wrong program was served");
     let entries = log::read(&log).unwrap_or_else(|why| panic!("{why}\n{}", said.lines.join("\n")));
     Recorded {
         load,
