@@ -369,8 +369,10 @@ fn differences_are_noticed(
         let failed = ours[n].outcomes.replace('1', "0");
         let wrong = ours[n].with(|left| left.outcomes = failed);
         expect_difference(compare(n, &wrong, image), "which writes succeeded");
+        let mut sectors = image.chunks(512).zip(ours[n].origin.chunks(512));
+        let untouched = sectors.position(|(before, after)| before == after);
         let mut other = image.to_vec();
-        other[image.len() - 1] ^= 1;
+        other[untouched.expect("a sector that nobody wrote") * 512] ^= 1;
         expect_difference(compare(n, &ours[n], &other), "origin: differs");
         // The word that says valid, or that does not.
         let wrong = ours[n].with(|left| left.cow[4] ^= 1);
