@@ -4,6 +4,7 @@
 //!
 //! - [`machine`]: Debian's kernel and an initial RAM disk, made once and kept,
 //! - [`vm`]: boots it with disks and a script, and takes in what the script says,
+//! - [`program`]: programs as they are put into it,
 //! - [`slices`]: many small devices on one disk,
 //! - [`play`]: requests from a seed, played on devices or on NBD exports,
 //! - [`exports`]: what nbdsnap shows of an origin and its stores.
@@ -14,6 +15,7 @@
 pub mod exports;
 pub mod machine;
 pub mod play;
+pub mod program;
 pub mod slices;
 pub mod vm;
 
