@@ -5,6 +5,10 @@ modprobe nbd max_part=8
 printf '127.0.0.1 localhost\n::1 localhost ip6-localhost\n' >/etc/hosts
 : >/tmp/server.log
 
+# The shell prefers busybox's own programs, which know too few options.
+blkdiscard() { /sbin/blkdiscard "$@"; }
+fstrim() { /sbin/fstrim "$@"; }
+
 # End with a reason, and with what the server and the kernel said.
 die() {
     echo "FAILED: $*"
