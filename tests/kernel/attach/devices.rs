@@ -42,7 +42,7 @@ fn discards_zeroes_and_block_sizes() {
         + &script("lib.sh")
         + &discards.script()
         + TRIMMED
-        + &blocks.script();
+        + &Blocks::script();
     let output = vm.run(&text);
 
     discards.check(&slices);
@@ -281,7 +281,7 @@ impl Blocks {
         place * 64 * 1024 / size + 3
     }
 
-    fn script(&self) -> String {
+    fn script() -> String {
         let mut text = String::from(
             "
 nbdsnap serve coarse=/dev/vdb --snapshot coarse@past=/dev/vdc,chunk=2K 2>/tmp/refusal &&
