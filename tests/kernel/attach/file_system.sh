@@ -112,7 +112,7 @@ checksums /mnt/live >/tmp/monday.sums
 begin_writing
 write_more
 from=$(acknowledged)
-take_snapshot monday --nolockfs
+take_snapshot monday
 to=$(($(acknowledged) + 1))
 change /mnt/live/settled week
 
@@ -138,7 +138,7 @@ sync
 checksums /mnt/live >/tmp/tuesday.sums
 write_more
 from=$(acknowledged)
-take_snapshot tuesday
+take_snapshot tuesday frozen
 to=$(($(acknowledged) + 1))
 change /mnt/live/settled end
 checksums /mnt/live >/tmp/live.sums
@@ -172,7 +172,6 @@ serve_disk
 attach disk /dev/nbd0
 attach disk@monday /dev/nbd2
 attach disk@tuesday /dev/nbd3
-examine /dev/nbd0
 mount -t $FS /dev/nbd0 /mnt/live
 holds /mnt/live live || die "the live disk after a restart"
 counts /mnt/live $(acknowledged) $(acknowledged)

@@ -66,8 +66,7 @@ detach() {
 is_free() { ! nbd-client -c $1 >/dev/null; }
 
 # The live disk is mounted from /dev/mapper/live. Beneath it lies /dev/nbd0 or
-# /dev/nbd1: device-mapper holds what is written while the server is exchanged for
-# one with another snapshot, so that the instant comes under a mounted file system.
+# /dev/nbd1, so that one can take the place of the other.
 open_live() {
     beneath=/dev/nbd0
     attach disk $beneath
@@ -82,17 +81,16 @@ close_live() {
 snapshots=
 serve_disk() { serve disk=$DISK $snapshots; }
 
-# take_snapshot NAME [--nolockfs]: one more snapshot of the live disk, now, in a new
-# store under $STORES. The file system is frozen for the instant, or with
-# --nolockfs it notices nothing and its journal is as a power cut would leave it.
-# No other export may be attached.
-take_snapshot() {
-    local name=$1 before=$beneath
-    shift
+# exchange_server [OPTION]: the server ends, and another one serves the disk with
+# all its snapshots, under a file system that stays mounted: device-mapper holds
+# what is written meanwhile. The file system is frozen for that, or with --nolockfs
+# it notices nothing, and its journal is as a power cut would leave it. No other
+# export may be attached.
+exchange_server() {
+    local before=$beneath
     dmsetup suspend "$@" live
     nbd-client -d $before
     stop_server
-    snapshots="$snapshots --snapshot disk@$name=$STORES/$name"
     serve_disk
     case $before in
     /dev/nbd0) beneath=/dev/nbd1 ;;
@@ -102,4 +100,14 @@ take_snapshot() {
     dmsetup load live --table "0 $(sectors $beneath) linear $beneath 0"
     dmsetup resume live
     patiently "the end of $before" is_free $before
+}
+
+# take_snapshot NAME [frozen]: one more snapshot of the live disk, now, in a new
+# store under $STORES. The file system is mounted on /mnt/live and written.
+take_snapshot() {
+    snapshots="$snapshots --snapshot disk@$1=$STORES/$1"
+    case ${2-} in
+    frozen) exchange_server ;;
+    *) exchange_server --nolockfs ;;
+    esac
 }
