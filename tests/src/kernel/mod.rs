@@ -6,13 +6,17 @@
 //! - [`vm`]: boots it with disks and a script, and takes in what the script says,
 //! - [`slices`]: many small devices on one disk,
 //! - [`play`]: requests from a seed, played on devices or on NBD exports,
+//! - [`netlink`]: an NBD client's orders to the kernel,
+//! - [`file_load`]: files, and what was promised about them,
 //! - [`exports`]: what nbdsnap shows of an origin and its stores.
 //!
 //! A boot costs some seconds of processor time, since nothing but emulation can
 //! be counted on: suites do many cases in each.
 
 pub mod exports;
+pub mod file_load;
 pub mod machine;
+pub mod netlink;
 pub mod play;
 pub mod slices;
 pub mod vm;

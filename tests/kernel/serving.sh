@@ -1,0 +1,47 @@
+# For scripts in the virtual machine that run nbdsnap there, on the loopback
+# interface, and attach its exports.
+
+ADDRESS=127.0.0.1:10809
+
+# wait_until COMMAND...: look again until it succeeds, for at most two minutes.
+wait_until() {
+    tries=1200
+    until "$@"; do
+        tries=$((tries - 1))
+        [ $tries -gt 0 ] || die "still waiting: $*"
+        usleep 100000
+    done
+}
+
+# serve ARGUMENT...: start the server, and wait for its exports. $server is its pid.
+serve() {
+    : >/tmp/exports
+    nbdsnap serve --listen $ADDRESS "$@" >/tmp/exports 2>>/tmp/server.log &
+    server=$!
+    wait_until server_is_ready
+}
+
+server_is_ready() {
+    kill -0 $server 2>/dev/null || die "the server ended: $(tail -3 /tmp/server.log)"
+    grep -q "$ADDRESS\|127.0.0.1/" /tmp/exports
+}
+
+# The end without a warning, and the one that must go well.
+kill_server() {
+    kill -9 $server
+    wait $server || true
+}
+stop_server() {
+    kill -TERM $server
+    wait $server || die "the server's end: $? $(tail -3 /tmp/server.log)"
+}
+
+# attach EXPORT N, detach N: as /dev/nbdN, with Debian's client.
+attach() { nbd-client -N "$1" 127.0.0.1 "/dev/nbd$2" >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
+detach() { nbd-client -d "/dev/nbd$1" >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
+
+# checked FOLDER LEDGER: the files that were promised are there.
+checked() { file-player check "$1" "$2" >/tmp/checked || die "$1: $(cat /tmp/checked)"; }
+
+# consistent DEVICE: nothing left to repair, with the journal replayed.
+consistent() { e2fsck -fn "$1" >/tmp/e2fsck 2>&1 || die "e2fsck $1: $(cat /tmp/e2fsck)"; }
