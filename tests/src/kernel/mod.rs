@@ -4,6 +4,7 @@
 //!
 //! - [`machine`]: Debian's kernel and an initial RAM disk, made once and kept,
 //! - [`vm`]: boots it with disks and a script, and takes in what the script says,
+//! - [`program`]: programs as they are put into it,
 //! - [`slices`]: many small devices on one disk,
 //! - [`play`]: requests from a seed, played on devices or on NBD exports,
 //! - [`netlink`]: an NBD client's orders to the kernel,
@@ -18,6 +19,7 @@ pub mod file_load;
 pub mod machine;
 pub mod netlink;
 pub mod play;
+pub mod program;
 pub mod slices;
 pub mod vm;
 
