@@ -36,12 +36,42 @@ stop_server() {
     wait $server || die "the server's end: $? $(tail -3 /tmp/server.log)"
 }
 
+# play_files SEED UNTIL NAME: files in /mnt/NAME, promised on the device lNAME.
+# $player is its pid; it has made its first files when this returns.
+play_files() {
+    : >/tmp/play.$3
+    file-player play $1 $2 /mnt/$3 /dev/mapper/l$3 >/tmp/play.$3 2>&1 &
+    player=$!
+    wait_until is_playing $3
+}
+is_playing() {
+    grep -q playing /tmp/play.$1 && return 0
+    ! grep file-player: /tmp/play.$1 || die "nothing is written in $1"
+    return 1
+}
+
 # attach EXPORT N, detach N: as /dev/nbdN, with Debian's client.
 attach() { nbd-client -N "$1" 127.0.0.1 "/dev/nbd$2" >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
 detach() { nbd-client -d "/dev/nbd$1" >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
 
-# checked FOLDER LEDGER: the files that were promised are there.
-checked() { file-player check "$1" "$2" >/tmp/checked || die "$1: $(cat /tmp/checked)"; }
+# hold EXPORT N CONNECTIONS: the same with the suite's own client, which holds
+# what is asked of the device while the server is away. $holder is its pid.
+hold() {
+    nbd-attach connect $2 $ADDRESS $1 $3 3 120 >/tmp/hold.$2 2>&1 &
+    holder=$!
+    wait_until is_held $2
+}
+is_held() {
+    grep -q attached /tmp/hold.$1 && return 0
+    ! grep nbd-attach: /tmp/hold.$1 || die "$1 is not attached"
+    return 1
+}
+
+# checked NAME: the files in /mnt/NAME that were promised are there.
+checked() {
+    file-player check /mnt/$1 /dev/mapper/l$1 >/tmp/checked 2>&1 || die "$1: $(cat /tmp/checked)"
+    say "checked.$1 $(cat /tmp/checked)"
+}
 
 # consistent DEVICE: nothing left to repair, with the journal replayed.
 consistent() { e2fsck -fn "$1" >/tmp/e2fsck 2>&1 || die "e2fsck $1: $(cat /tmp/e2fsck)"; }

@@ -1,13 +1,15 @@
 //! Plays a load of files on a mounted file system inside the virtual machine.
 //!
-//! `file-player play SEED STEPS FOLDER LEDGER` goes on where the ledger ends,
-//! says `playing` after the first steps and `played` after the last (STEPS 0:
-//! there is none), and fails where a step fails. `file-player check FOLDER
-//! LEDGER` says `right FILES BYTES`, or fails with the first difference.
+//! `file-player play SEED UNTIL FOLDER LEDGER` goes on where the ledger ends and
+//! says `playing` after the first steps. Once there is a file UNTIL it ends, and
+//! says `played STEPS LONGEST`, the longest step in milliseconds. It fails where
+//! a step fails. `file-player check FOLDER LEDGER` says `right FILES BYTES`, or
+//! fails with the first difference.
 
 use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use nbdsnap_tests::kernel::file_load::{Ledger, Load, check};
 
@@ -18,9 +20,9 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["play", seed, steps, folder, ledger] => play(seed, steps, folder, ledger),
+        ["play", seed, until, folder, ledger] => play(seed, until, folder, ledger),
         ["check", folder, ledger] => compare(folder, ledger),
-        _ => Err("usage: file-player play SEED STEPS FOLDER LEDGER, or check FOLDER LEDGER".into()),
+        _ => Err("usage: file-player play SEED UNTIL FOLDER LEDGER, or check FOLDER LEDGER".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -31,19 +33,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn play(seed: &str, steps: &str, folder: &str, ledger: &str) -> Result<(), Box<dyn Error>> {
-    let steps: u64 = steps.parse()?;
+fn play(seed: &str, until: &str, folder: &str, ledger: &str) -> Result<(), Box<dyn Error>> {
+    let until = Path::new(until);
     let ledger = Ledger::open(Path::new(ledger))?;
     let mut load = Load::begin(Path::new(folder), ledger, seed.parse()?)?;
-    let mut step = 0;
-    while steps == 0 || step < steps {
+    let (mut steps, mut longest) = (0, Duration::ZERO);
+    while !until.exists() {
+        let begun = Instant::now();
         load.step()?;
-        step += 1;
-        if step == FIRST {
+        longest = longest.max(begun.elapsed());
+        steps += 1;
+        if steps == FIRST {
             println!("playing");
         }
     }
-    println!("played");
+    println!("played {steps} {}", longest.as_millis());
     Ok(())
 }
 

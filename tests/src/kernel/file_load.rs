@@ -13,6 +13,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::play::content;
+use crate::harness::files::{folder, random_file};
+use crate::harness::process::{client, run};
 use crate::harness::random::Random;
 
 /// Bytes of a word in the ledger: what a disk writes as a whole.
@@ -24,6 +26,22 @@ const PAGE: usize = 4096;
 const LONGEST: u64 = 160 << 10;
 /// Bytes in the kept files, more or less.
 const ENOUGH: u64 = 5 << 20;
+
+/// A disk with an ext4 on it whose free blocks hold random bytes, so that no
+/// chunk can be mistaken for another one or for nothing. The kernel is left some
+/// of the making, to do it in the background.
+pub fn ext4(bytes: usize, block: u64, random: &mut Random) -> Vec<u8> {
+    let folder = folder();
+    let path = folder.path().join("disk");
+    random_file(&path, bytes, random);
+    let mut mkfs = client("mkfs.ext4");
+    mkfs.args(["-q", "-F", "-J", "size=4", "-b"])
+        .arg(block.to_string())
+        .args(["-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"])
+        .arg(&path);
+    let _ = run(&mut mkfs).ok();
+    std::fs::read(&path).expect("a test file can be read")
+}
 
 /// What is known of a file from here on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
