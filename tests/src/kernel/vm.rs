@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_mins(5);
 struct Disk {
     path: PathBuf,
     block: u32,
-    /// Requests a second at most; 0: as many as it can.
+    /// Writes a second at most; 0: as many as it can.
     iops: u32,
 }
 
@@ -60,7 +60,7 @@ impl<'a> Vm<'a> {
         self
     }
 
-    /// The last disk is slow: so many reads and writes a second. What waits for
+    /// The last disk is slow: so many writes a second. What waits for
     /// its turn when the power is cut does not reach the disk.
     pub fn slow(&mut self, iops: u32) -> &mut Self {
         self.disks.last_mut().expect("a disk").iops = iops;
@@ -125,7 +125,7 @@ impl<'a> Vm<'a> {
         for (n, Disk { path, block, iops }) in self.disks.iter().enumerate() {
             qemu.arg("-drive")
                 .arg(format!(
-                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap,throttling.iops-total={iops}",
+                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap,throttling.iops-write={iops}",
                     path.display()
                 ))
                 .arg("-device")
