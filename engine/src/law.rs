@@ -8,9 +8,23 @@
 //! `true`, always, and costs nothing. With the cargo feature `mutants` a test
 //! breaks one rule, and the crash simulator has to notice.
 
-/// A rule of durability to break.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mutant {
+/// Defines [`Mutant`] and the list of all of them.
+macro_rules! mutants {
+    ($($(#[$what:meta])+ $name:ident,)+) => {
+        /// A rule of durability to break.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub enum Mutant {
+            $($(#[$what])+ $name,)+
+        }
+
+        impl Mutant {
+            /// Every one of them, `None` first.
+            pub const ALL: &[Self] = &[$(Self::$name,)+];
+        }
+    };
+}
+
+mutants! {
     /// None: the engine as it is meant to be.
     #[default]
     None,
@@ -38,6 +52,16 @@ pub enum Mutant {
     TrimUncopied,
     /// A FLUSH takes the end of a flush that began before it.
     FlushJoinsRunning,
+}
+
+impl Mutant {
+    /// The one of this name, spelled as in the code.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|mutant| format!("{mutant:?}") == name)
+    }
 }
 
 /// Which rules hold. All of them, but for one in a mutant.

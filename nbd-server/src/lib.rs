@@ -4,5 +4,6 @@ pub mod cli;
 pub mod client;
 pub mod disks;
 pub mod io;
+mod law;
 pub mod nbd;
 pub mod server;

@@ -91,8 +91,7 @@ fn search(checks: Checks, first: u64, runs: u64) -> Search {
 /// Play one run and print every step: of the engine, or of the mutant that `NBDSNAP_MUTANT` names.
 fn play_told(seed: u64) {
     let name = std::env::var("NBDSNAP_MUTANT").unwrap_or_else(|_| "None".into());
-    let known = MUTANTS.iter().copied().chain([Mutant::None]);
-    let mutant = known.into_iter().find(|m| format!("{m:?}") == name);
+    let mutant = Mutant::named(&name);
     let mutant =
         mutant.unwrap_or_else(|| panic!("NBDSNAP_MUTANT={name}: there is none of that name"));
     let report = Checks { mutant, told: true }.run(seed);
@@ -204,6 +203,15 @@ mutants! {
     mutant_reads_not_drained_is_found ReadsNotDrained,
     mutant_trim_of_the_uncopied_is_found TrimUncopied,
     mutant_flush_that_joins_a_running_one_is_found FlushJoinsRunning,
+}
+
+#[test]
+fn every_mutant_is_searched_for() {
+    let left_out: Vec<_> = Mutant::ALL
+        .iter()
+        .filter(|m| **m != Mutant::None && !MUTANTS.contains(m))
+        .collect();
+    assert!(left_out.is_empty(), "{left_out:?}");
 }
 
 /// Seeds that found something once. The sentence is what must not come back.

@@ -14,6 +14,7 @@ use super::signature::{self, Contents};
 use super::store_io::StoreDisk;
 use super::{Cause, Note, Refusal, SnapshotRequest, shown};
 use crate::cli::size;
+use crate::law;
 use crate::server::setup::OpenDisk;
 
 /// A header, an area and one chunk of data.
@@ -205,7 +206,7 @@ fn open_store(
         }
     };
     let origin_bytes = origin.disk.bytes;
-    let store = Store::open(
+    let store = law::open_store(
         wanted.kind,
         size,
         origin_bytes,
