@@ -33,6 +33,7 @@ pub struct Vm<'a> {
     machine: &'a Machine,
     disks: Vec<Disk>,
     files: Vec<(String, Vec<u8>)>,
+    processors: u32,
 }
 
 impl<'a> Vm<'a> {
@@ -42,7 +43,14 @@ impl<'a> Vm<'a> {
             machine,
             disks: Vec::new(),
             files: Vec::new(),
+            processors: 2,
         }
+    }
+
+    /// With so many processors instead of two.
+    pub fn processors(&mut self, count: u32) -> &mut Self {
+        self.processors = count;
+        self
     }
 
     /// The next disk.
@@ -111,7 +119,8 @@ impl<'a> Vm<'a> {
     fn command(&self, ram_disk: &Path, console: &Path) -> Command {
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi"])
-            .args(["-cpu", "max", "-smp", "2", "-m", "1024"])
+            .args(["-cpu", "max", "-m", "1024", "-smp"])
+            .arg(self.processors.to_string())
             .args(["-display", "none", "-monitor", "none", "-net", "none"])
             .args(["-no-reboot", "-nodefaults"])
             .arg("-kernel")
