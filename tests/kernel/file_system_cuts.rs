@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nbdsnap_tests::harness::files::folder;
+use nbdsnap_tests::harness::program::{MUTANT_VARIABLE, mutant_program};
 use nbdsnap_tests::harness::random::{Random, long_run};
 use nbdsnap_tests::kernel::exports::{self, Cow};
 use nbdsnap_tests::kernel::file_load::ext4;
@@ -22,11 +23,13 @@ use nbdsnap_tests::kernel::vm::{Output, Vm};
 const SUITE: &str = "kernel_file_system_cuts";
 const SERVING: &str = include_str!("serving.sh");
 const ORIGIN: usize = 24 << 20;
-const COW: u64 = 27 << 20;
+/// The store behind its first area.
+const COW: usize = 27 << 20;
 /// The disk of the file system that holds a store as a file.
 const STORE_DISK: usize = 48 << 20;
 const LEDGER: u64 = 16 << 20;
-/// Zeroed to have a new store made over the remains of the last one.
+/// Zeroed to have a new store made over the remains of the last one; room for
+/// the header and the first area at every chunk size.
 const HEAD: usize = 128 << 10;
 /// From a stage of the script to the cut.
 const LATEST_CUT_MS: u64 = 1500;
@@ -55,12 +58,17 @@ enum Boot {
 struct Cuts<'a> {
     machine: &'a Machine,
     program: PathBuf,
+    /// The rule of durability that the program breaks in there, if any.
+    mutant: Option<&'static str>,
     random: Random,
     place: Place,
     chunk: u64,
-    /// `o`, the ledgers, and copies of the snapshot as both show it.
+    /// `o`, the ledgers, copies of the snapshot as both show it; and the head of
+    /// the store, as far as its first area, where it is on a disk.
     disks: Slices,
-    /// `c`, alone on a disk that can be slow.
+    /// The rest of the store, alone on a disk that can be slow. So an area that
+    /// does not wait for its chunks is on its disk long before them: a single
+    /// disk would get them in the order of the kernel's choice, chunks first.
     cow: Slices,
     image: Vec<u8>,
     _folder: tempfile::TempDir,
@@ -77,18 +85,20 @@ impl<'a> Cuts<'a> {
         disks.add("lb", LEDGER);
         disks.add("dk", ORIGIN as u64);
         disks.add("dn", ORIGIN as u64);
+        disks.add("head", HEAD as u64);
         let mut cow = Slices::create(&folder.path().join("cow"));
         match place {
             Place::Disk => {
-                let mut remains = random.bytes(COW as usize);
-                remains[COW as usize - HEAD..].fill(0);
-                cow.add_filled("c", &remains);
+                let mut remains = random.bytes(COW);
+                remains[COW - HEAD..].fill(0);
+                cow.add_filled("rest", &remains);
             }
-            Place::File => cow.add_filled("c", &ext4(STORE_DISK, 4096, &mut random)),
+            Place::File => cow.add_filled("rest", &ext4(STORE_DISK, 4096, &mut random)),
         }
         Self {
             machine,
             program,
+            mutant: None,
             place,
             chunk: 0,
             disks,
@@ -104,8 +114,22 @@ impl<'a> Cuts<'a> {
         self.image = self.disks.read("o");
         self.chunk = 512 * [8, 32, 128][self.random.below(3) as usize];
         if self.place == Place::Disk {
-            self.cow.write("c", &vec![0; HEAD]);
+            self.disks.write("head", &vec![0; HEAD]);
+            self.cow.write("rest", &vec![0; HEAD]);
         }
+    }
+
+    /// Bytes of the header and the first area.
+    fn head(&self) -> usize {
+        2 * self.chunk as usize
+    }
+
+    /// The store, put together.
+    fn store(&self) -> Vec<u8> {
+        let mut store = self.disks.read("head");
+        store.truncate(self.head());
+        store.extend(self.cow.read("rest"));
+        store
     }
 
     /// Boot, and cut the machine off at a random moment.
@@ -162,7 +186,7 @@ impl<'a> Cuts<'a> {
         };
         let origin = file("disk", self.disks.read("o"));
         let cow = Cow {
-            path: file("cow", self.cow.read("c")),
+            path: file("cow", self.store()),
             options: String::new(),
         };
         let server = exports::serve(folder.path(), &origin, &[cow], true);
@@ -192,18 +216,16 @@ impl<'a> Cuts<'a> {
 . /test/serving.sh
 modprobe nbd
 modprobe ext4
-store=/dev/mapper/c
 ";
-        if self.place == Place::File {
-            script += "
-modprobe loop
-mkdir /cow
-mount -t ext4 /dev/mapper/c /cow
-store=/cow/store
-";
-            if boot == Boot::Fresh {
-                script += "rm -f $store\nsync\n";
-            }
+        script += &match self.place {
+            Place::Disk => self.store_on_a_disk(),
+            Place::File => STORE_IN_A_FILE.to_owned(),
+        };
+        if self.place == Place::File && boot == Boot::Fresh {
+            script += "rm -f $store\nsync\n";
+        }
+        if let Some(mutant) = self.mutant {
+            let _ = writeln!(script, "export {MUTANT_VARIABLE}={mutant}");
         }
         let chunk = self.chunk;
         let _ = writeln!(
@@ -243,6 +265,19 @@ consistent /dev/nbd0
         script
     }
 
+    fn store_on_a_disk(&self) -> String {
+        let (head, rest) = (self.head() / 512, COW / 512);
+        format!(
+            "
+dmsetup create c <<END
+0 {head} linear /dev/mapper/head 0
+{head} {rest} linear /dev/mapper/rest 0
+END
+store=/dev/mapper/c
+"
+        )
+    }
+
     fn kernel_judges(&self) -> String {
         let (origin, chunk) = (ORIGIN / 512, self.chunk / 512);
         format!(
@@ -263,6 +298,13 @@ dmsetup remove k
         format!("play_files {a} /never a\nplay_files {b} /never b\nsay begun\nwait\n")
     }
 }
+
+const STORE_IN_A_FILE: &str = "
+modprobe loop
+mkdir /cow
+mount -t ext4 /dev/mapper/rest /cow
+store=/cow/store
+";
 
 const NBDSNAP_JUDGES: &str = "
 serve_all
@@ -325,4 +367,27 @@ fn a_cut_strikes_a_store_in_a_file_with_its_file_system() {
         cuts(1, 10),
         4,
     );
+}
+
+/// The area is written without waiting for the flush of the chunks that it
+/// names: where they are on a slow disk, the cut comes between soon enough.
+#[test]
+fn one_flush_for_two_is_found_by_the_cuts() {
+    const MOST: usize = 30;
+    let Some(machine) = Machine::for_suite(SUITE) else {
+        return;
+    };
+    let seed = seed(SUITE, "one_flush_for_two");
+    let program = stripped(mutant_program());
+    let mut rounds = Cuts::new(machine, program, Place::Disk, seed);
+    rounds.mutant = Some("OneFlush");
+    for cut in 1..=MOST {
+        rounds.take_snapshot();
+        rounds.cut(Boot::Fresh, Some(12));
+        if let Err(found) = rounds.judge_outside() {
+            println!("found by cut {cut}: {found}");
+            return;
+        }
+    }
+    panic!("{MOST} cuts did not find it");
 }
