@@ -31,6 +31,8 @@ const LATEST_KILL_MS: u64 = 1200;
 /// Requests of one score on the writable snapshot.
 const STEPS: usize = 12;
 const CHUNK: u64 = 4096;
+/// The copy of a snapshot whose disk was written behind its back.
+const STALE: &str = "stale";
 
 /// The disk `o` with a file system, its stores, and a ledger for each writer.
 fn slices(folder: &Path, image: &[u8], copies: &[String]) -> Slices {
@@ -76,10 +78,9 @@ fn assert_files(output: &Output) {
     }
 }
 
-fn assert_exact(slices: &Slices, copy: &str, expected: &[u8]) {
+fn first_difference(slices: &Slices, copy: &str, expected: &[u8]) -> Option<usize> {
     let shown = slices.read(copy);
-    let at = shown.iter().zip(expected).position(|(x, y)| x != y);
-    assert!(at.is_none(), "{copy}: not exact from byte {at:?} on");
+    shown.iter().zip(expected).position(|(x, y)| x != y)
 }
 
 #[test]
@@ -91,7 +92,8 @@ fn fsynced_files_are_there_when_the_server_is_killed_under_nbd_client() {
     let image = ext4(ORIGIN, 1024, &mut random);
     let copies: Vec<String> = (0..KILLS).map(|kill| format!("d{kill}")).collect();
     let folder = folder();
-    let slices = slices(folder.path(), &image, &copies);
+    let mut slices = slices(folder.path(), &image, &copies);
+    slices.add(STALE, ORIGIN as u64);
     let mut script = "
 begin() {
     serve_all
@@ -135,13 +137,25 @@ umount /mnt
 detach 0
 detach 1
 stop_server
+# A store that has missed writes to its disk must be noticed.
+dd if=/dev/urandom of=/dev/mapper/o bs=1M conv=fsync 2>/dev/null || true
+serve_all
+attach disk@s 1
+copy /dev/nbd1 /dev/mapper/stale
+detach 1
+stop_server
 ";
     let output = boot(machine, &slices, &script);
     assert_files(&output);
     for copy in &copies {
-        assert_exact(&slices, copy, &image);
+        let at = first_difference(&slices, copy, &image);
+        assert!(at.is_none(), "{copy}: not exact from byte {at:?} on");
     }
-    assert!(slices.read("o") != image, "nothing was written");
+    let at = first_difference(&slices, STALE, &image);
+    assert!(
+        at.is_some(),
+        "a stale snapshot was not told from an exact one"
+    );
 }
 
 #[test]
@@ -232,11 +246,13 @@ stop_server
             output.value(&format!("played.{name}"))
         );
     }
-    assert_exact(&slices, "d", &image);
+    let at = first_difference(&slices, "d", &image);
+    assert!(at.is_none(), "the snapshot: not exact from byte {at:?} on");
     let mut forked = [image];
     let scores: u64 = output.value("scores").parse().expect("a count");
     for nth in 0..scores {
         apply(&score(nth).steps(), &mut forked);
     }
-    assert_exact(&slices, "dw", &forked[0]);
+    let at = first_difference(&slices, "dw", &forked[0]);
+    assert!(at.is_none(), "the fork: not as written from byte {at:?} on");
 }

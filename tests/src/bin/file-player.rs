@@ -1,7 +1,7 @@
 //! Plays a load of files on a mounted file system inside the virtual machine.
 //!
 //! `file-player play SEED UNTIL FOLDER LEDGER` goes on where the ledger ends and
-//! says `playing` after the first steps. Once there is a file UNTIL it ends, and
+//! says `playing` once it keeps some files. When there is a file UNTIL it ends, and
 //! says `played STEPS LONGEST`, the longest step in milliseconds. It fails where
 //! a step fails. `file-player check FOLDER LEDGER` says `right FILES BYTES`, or
 //! fails with the first difference.
@@ -12,9 +12,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nbdsnap_tests::kernel::file_load::{Ledger, Load, check};
-
-/// Steps until it says that it plays.
-const FIRST: u64 = 3;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -37,14 +34,15 @@ fn play(seed: &str, until: &str, folder: &str, ledger: &str) -> Result<(), Box<d
     let until = Path::new(until);
     let ledger = Ledger::open(Path::new(ledger))?;
     let mut load = Load::begin(Path::new(folder), ledger, seed.parse()?)?;
-    let (mut steps, mut longest) = (0, Duration::ZERO);
+    let (mut steps, mut longest, mut said) = (0, Duration::ZERO, false);
     while !until.exists() {
         let begun = Instant::now();
         load.step()?;
         longest = longest.max(begun.elapsed());
         steps += 1;
-        if steps == FIRST {
+        if !said && load.is_under_way() {
             println!("playing");
+            said = true;
         }
     }
     println!("played {steps} {}", longest.as_millis());

@@ -26,6 +26,8 @@ const PAGE: usize = 4096;
 const LONGEST: u64 = 160 << 10;
 /// Bytes in the kept files, more or less.
 const ENOUGH: u64 = 5 << 20;
+/// Kept files before any is changed or removed.
+const FEWEST: usize = 3;
 
 /// A disk with an ext4 on it whose free blocks hold random bytes, so that no
 /// chunk can be mistaken for another one or for nothing. The kernel is left some
@@ -226,11 +228,17 @@ impl Load {
     pub fn step(&mut self) -> io::Result<()> {
         let full = self.kept.values().sum::<u64>() > ENOUGH;
         match self.random.below(8) {
+            _ if !self.is_under_way() => self.write_new(true),
             0..4 if !full => self.write_new(true),
             4 if !full => self.write_new(false),
             5 | 6 => self.rewrite(),
             _ => self.remove(),
         }
+    }
+
+    /// Whether there is something to lose: from here on there always is.
+    pub fn is_under_way(&self) -> bool {
+        self.kept.len() >= FEWEST
     }
 
     /// A new file; durable, or left to the page cache without a promise.
@@ -245,18 +253,14 @@ impl Load {
     }
 
     fn rewrite(&mut self) -> io::Result<()> {
-        let Some(file) = self.any_kept() else {
-            return Ok(());
-        };
+        let file = self.any_kept();
         self.loosen(file)?;
         let word = self.write(file)?;
         self.keep(word)
     }
 
     fn remove(&mut self) -> io::Result<()> {
-        let Some(file) = self.any_kept() else {
-            return Ok(());
-        };
+        let file = self.any_kept();
         self.loosen(file)?;
         let path = path_of(&self.folder, file);
         std::fs::remove_file(&path).map_err(|e| at(&path, &e))?;
@@ -264,10 +268,10 @@ impl Load {
         self.ledger.say(Word::Gone { file })
     }
 
-    fn any_kept(&mut self) -> Option<u64> {
-        let count = self.kept.len() as u64;
-        let nth = self.random.below(count.max(1));
-        self.kept.keys().nth(nth as usize).copied()
+    fn any_kept(&mut self) -> u64 {
+        let nth = self.random.below(self.kept.len() as u64);
+        let file = self.kept.keys().nth(nth as usize);
+        *file.expect("nothing is changed before files are kept")
     }
 
     fn loosen(&mut self, file: u64) -> io::Result<()> {
