@@ -198,7 +198,11 @@ impl<'a> Cuts<'a> {
         }
     }
 
+    /// The machine; what it showed before is wiped, so that nothing is judged twice.
     fn vm(&self, slow: Option<u32>) -> Vm<'a> {
+        for copy in ["dk", "dn"] {
+            self.disks.write(copy, &vec![0; ORIGIN]);
+        }
         let mut vm = Vm::new(self.machine);
         vm.disk(self.disks.path()).disk(self.cow.path());
         if let Some(writes) = slow {
