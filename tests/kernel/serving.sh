@@ -51,8 +51,14 @@ is_playing() {
 }
 
 # attach EXPORT N, detach N: as /dev/nbdN, with Debian's client.
-attach() { nbd-client -N "$1" 127.0.0.1 "/dev/nbd$2" >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
-detach() { nbd-client -d "/dev/nbd$1" >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
+attach() {
+    wait_until is_free $2
+    nbd-client -N $1 127.0.0.1 /dev/nbd$2 >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"
+}
+detach() { nbd-client -d /dev/nbd$1 >/tmp/attach.log 2>&1 || die "nbd-client: $(cat /tmp/attach.log)"; }
+
+# A detached device is free once the last who has it open has closed it.
+is_free() { ! [ -e /sys/block/nbd$1/pid ]; }
 
 # hold EXPORT N CONNECTIONS: the same with the suite's own client, which holds
 # what is asked of the device while the server is away. $holder is its pid.
