@@ -18,12 +18,21 @@ use super::machine::Machine;
 /// How long a script may run. Emulation on a busy machine is slow.
 const PATIENCE: Duration = Duration::from_mins(5);
 
+/// A disk of a machine.
+#[derive(Debug)]
+struct Disk {
+    path: PathBuf,
+    block: u32,
+    /// Writes a second at most; 0: as many as it can.
+    iops: u32,
+}
+
 /// A machine to be booted.
 #[derive(Debug)]
 pub struct Vm<'a> {
     machine: &'a Machine,
     processors: u32,
-    disks: Vec<(PathBuf, u32)>,
+    disks: Vec<Disk>,
     files: Vec<(String, Vec<u8>)>,
 }
 
@@ -51,7 +60,18 @@ impl<'a> Vm<'a> {
 
     /// The next disk, with logical blocks of so many bytes.
     pub fn disk_with_blocks(&mut self, path: &Path, block: u32) -> &mut Self {
-        self.disks.push((path.to_owned(), block));
+        self.disks.push(Disk {
+            path: path.to_owned(),
+            block,
+            iops: 0,
+        });
+        self
+    }
+
+    /// The last disk is slow: so many writes a second. What waits for
+    /// its turn when the power is cut does not reach the disk.
+    pub fn slow(&mut self, iops: u32) -> &mut Self {
+        self.disks.last_mut().expect("a disk").iops = iops;
         self
     }
 
@@ -113,11 +133,11 @@ impl<'a> Vm<'a> {
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .args(["-serial", "stdio"]);
-        for (n, (disk, block)) in self.disks.iter().enumerate() {
+        for (n, Disk { path, block, iops }) in self.disks.iter().enumerate() {
             qemu.arg("-drive")
                 .arg(format!(
-                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap",
-                    disk.display()
+                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap,throttling.iops-write={iops}",
+                    path.display()
                 ))
                 .arg("-device")
                 .arg(format!(
