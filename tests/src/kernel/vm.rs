@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::machine::Machine;
 
 /// How long a script may run. Emulation on a busy machine is slow.
-const PATIENCE: Duration = Duration::from_mins(5);
+const PATIENCE: Duration = Duration::from_mins(15);
 
 /// A disk of a machine.
 #[derive(Debug)]
