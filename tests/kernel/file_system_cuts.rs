@@ -387,6 +387,8 @@ fn one_flush_for_two_is_found_by_the_cuts() {
     rounds.mutant = Some("OneFlush");
     for cut in 1..=MOST {
         rounds.take_snapshot();
+        // Small chunks: hardly a write that needs no copy.
+        rounds.chunk = 4096;
         rounds.cut(Boot::Fresh, Some(4));
         if let Err(found) = rounds.judge_outside() {
             println!("found by cut {cut}: {found}");
