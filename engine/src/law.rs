@@ -8,9 +8,23 @@
 //! `true`, always, and costs nothing. With the cargo feature `mutants` a test
 //! breaks one rule, and the crash simulator has to notice.
 
-/// A rule of durability to break.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mutant {
+/// Defines [`Mutant`] and the list of all of them.
+macro_rules! mutants {
+    ($($(#[$what:meta])+ $name:ident,)+) => {
+        /// A rule of durability to break.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub enum Mutant {
+            $($(#[$what])+ $name,)+
+        }
+
+        impl Mutant {
+            /// Every one of them, `None` first.
+            pub const ALL: &[Self] = &[$(Self::$name,)+];
+        }
+    };
+}
+
+mutants! {
     /// None: the engine as it is meant to be.
     #[default]
     None,
@@ -22,6 +36,8 @@ pub enum Mutant {
     OriginWriteEarly,
     /// An exception of a snapshot's own write, still volatile, lets an origin write pass.
     VolatileTakenForDurable,
+    /// The same for origin writes that are done at once (`write_now`), and only those.
+    WriteNowOnVolatile,
     /// A snapshot is taken without flushing the origin.
     CreateWithoutFlush,
     /// A snapshot is taken while origin writes are in flight.
@@ -54,6 +70,16 @@ pub enum Mutant {
     MergeReleasedEarly,
     /// A FLUSH of an origin that is being merged leaves the store out.
     MergeFlushOneDevice,
+}
+
+impl Mutant {
+    /// The one of this name, spelled as in the code.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|mutant| format!("{mutant:?}") == name)
+    }
 }
 
 /// Which rules hold. All of them, but for one in a mutant.
@@ -99,6 +125,12 @@ impl Law {
     /// A committed exception counts only once it is durable.
     pub(crate) fn volatile_is_not_durable(self) -> bool {
         self.holds(Mutant::VolatileTakenForDurable)
+    }
+
+    /// An origin write that is done at once finds its exceptions durable, not
+    /// only there.
+    pub(crate) fn write_now_on_durable(self) -> bool {
+        self.holds(Mutant::WriteNowOnVolatile)
     }
 
     /// The origin is durable at the instant of a snapshot.

@@ -5,6 +5,7 @@ pub mod client;
 pub mod control;
 pub mod disks;
 pub mod io;
+mod law;
 pub mod names;
 pub mod nbd;
 pub mod server;

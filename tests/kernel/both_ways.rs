@@ -9,6 +9,8 @@ use nbdsnap_engine::StoreKind;
 use nbdsnap_format::{ChunkSize, Layout};
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::random::Random;
+use nbdsnap_tests::harness::server::Server;
+use nbdsnap_tests::kernel::compare::{Compared, expect_difference, expect_same, same, same_bytes};
 use nbdsnap_tests::kernel::exports::{self, Cow};
 use nbdsnap_tests::kernel::machine::Machine;
 use nbdsnap_tests::kernel::play::{Score, apply, play};
@@ -129,22 +131,25 @@ impl Disk {
         }
     }
 
-    fn same_as(&self, other: &Self, what: &str) {
+    fn same_as(&self, other: &Self, what: &str) -> Compared {
         let name = self.shape.name;
-        assert_same(
-            &self.origin,
-            &other.origin,
-            &format!("{name}: {what}: origin"),
-        );
-        for n in 0..2 {
-            let chunk = (self.shape.chunks[n] * SECTOR) as usize;
-            let at = first_difference(&self.cows[n], &other.cows[n]);
-            assert!(
-                at.is_none(),
-                "{name}: {what}: the stores of snapshot {n} differ from byte {at:?} on, chunk {:?}",
-                at.map(|at| at / chunk)
-            );
-        }
+        let origin = format!("{name}: {what}: origin");
+        same_bytes(&self.origin, &other.origin, &origin)?;
+        (0..2).try_for_each(|n| {
+            let chunk = self.shape.chunks[n] * SECTOR;
+            let store = format!("{name}: {what}: the store of snapshot {n}, chunks of {chunk}");
+            same_bytes(&self.cows[n], &other.cows[n], &store)
+        })
+    }
+
+    /// What nbdsnap shows is what it must.
+    fn check_views(&self, server: &Server, what: &str) -> Compared {
+        let mut models = self.models.iter().enumerate();
+        models.try_for_each(|(view, model)| {
+            let shown = exports::read(server, view).expect("readable");
+            let what = format!("{}: {what}, nbdsnap's view {view}", self.shape.name);
+            same_bytes(&shown, model, &what)
+        })
     }
 
     /// Its first store has filled an area, and gone on into the next.
@@ -171,21 +176,9 @@ impl Disk {
     }
 }
 
-fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
-    if a.len() != b.len() {
-        return Some(a.len().min(b.len()));
-    }
-    a.iter().zip(b).position(|(x, y)| x != y)
-}
-
-fn assert_same(a: &[u8], b: &[u8], what: &str) {
-    let at = first_difference(a, b);
-    assert!(at.is_none(), "{what}: differs from byte {at:?} on");
-}
-
 /// The kernel's turn on all disks at once: it loads the stores, plays, and shows
-/// its snapshots and their statuses before and after.
-fn kernel_turn(machine: &Machine, disks: &mut [Disk], seed: Option<u64>) {
+/// its snapshots and their statuses before and after. What is wrong with each.
+fn kernel_turn(machine: &Machine, disks: &mut [Disk], seed: Option<u64>) -> Vec<Compared> {
     let folder = folder();
     let mut slices = Slices::create(&folder.path().join("slices"));
     let mut script = String::new();
@@ -201,9 +194,10 @@ fn kernel_turn(machine: &Machine, disks: &mut [Disk], seed: Option<u64>) {
     let mut vm = Vm::new(machine);
     vm.disk(slices.path()).program(Path::new(PLAYER));
     let output = vm.run(&(slices.script("/dev/vda") + &script));
-    for disk in disks {
-        check_kernel(disk, &slices, &output, seed);
-    }
+    disks
+        .iter_mut()
+        .map(|disk| check_kernel(disk, &slices, &output, seed))
+        .collect()
 }
 
 fn script_of(disk: &Disk, seed: Option<u64>, script: &mut String) {
@@ -247,7 +241,7 @@ fn script_of(disk: &Disk, seed: Option<u64>, script: &mut String) {
 }
 
 /// Statuses before, views after, nbdsnap on what the kernel left, statuses after.
-fn check_kernel(disk: &mut Disk, slices: &Slices, output: &Output, seed: Option<u64>) {
+fn check_kernel(disk: &mut Disk, slices: &Slices, output: &Output, seed: Option<u64>) -> Compared {
     let name = disk.shape.name;
     let folder = folder();
     let (origin, cows) = disk.lay_out(folder.path());
@@ -255,49 +249,33 @@ fn check_kernel(disk: &mut Disk, slices: &Slices, output: &Output, seed: Option<
     if !is_new(0) && !is_new(1) {
         for (n, ours) in disk.statuses(&cows).iter().enumerate() {
             let kernels = output.value(&format!("before.{name}.{n}"));
-            assert_eq!(
-                kernels, ours,
-                "{name}: status of snapshot {n} as it is loaded"
-            );
+            let what = format!("{name}: status of snapshot {n} as it is loaded");
+            same(kernels, ours, &what)?;
         }
     }
     if let Some(seed) = seed {
         apply(&disk.score(seed).steps(), &mut disk.models);
     }
     disk.origin = slices.read(&format!("{name}.o"));
-    assert_same(
-        &disk.origin,
-        &disk.models[0],
-        &format!("{name}: the kernel's origin"),
-    );
+    let what = format!("{name}: the kernel's origin");
+    same_bytes(&disk.origin, &disk.models[0], &what)?;
     for n in 0..2 {
         disk.cows[n] = slices.read(&format!("{name}.c{n}"));
         let what = format!("{name}: the kernel's snapshot {n}");
-        assert_same(
-            &slices.read(&format!("{name}.d{n}")),
-            &disk.models[n + 1],
-            &what,
-        );
+        let shown = slices.read(&format!("{name}.d{n}"));
+        same_bytes(&shown, &disk.models[n + 1], &what)?;
     }
     drop((origin, cows));
     let (origin, cows) = disk.lay_out(folder.path());
     for (n, ours) in disk.statuses(&cows).iter().enumerate() {
         let kernels = output.value(&format!("after.{name}.{n}"));
-        assert_eq!(
-            kernels, ours,
-            "{name}: status of snapshot {n} after the turn"
-        );
+        let what = format!("{name}: status of snapshot {n} after the turn");
+        same(kernels, ours, &what)?;
     }
     let server = exports::serve(folder.path(), &origin, &cows, true);
-    for (view, model) in disk.models.iter().enumerate() {
-        let shown = exports::read(&server, view).expect("readable");
-        assert_same(
-            &shown,
-            model,
-            &format!("{name}: after the kernel, nbdsnap's view {view}"),
-        );
-    }
+    disk.check_views(&server, "after the kernel")?;
     server.stop();
+    Ok(())
 }
 
 /// nbdsnap's turn on one disk, one request at a time or many at once.
@@ -315,10 +293,7 @@ fn our_turn(disk: &mut Disk, seed: u64, at_once: bool) {
         let outcomes = play(&steps, &mut exports::places(&server, 3));
         assert!(outcomes.iter().all(|ok| *ok), "{name}: a request failed");
     }
-    for (view, model) in disk.models.iter().enumerate() {
-        let shown = exports::read(&server, view).expect("readable");
-        assert_same(&shown, model, &format!("{name}: nbdsnap's view {view}"));
-    }
+    expect_same(disk.check_views(&server, "after its turn"));
     server.stop();
     disk.take_in(&origin, &cows);
 }
@@ -338,13 +313,12 @@ fn turn_by_turn_each_reads_what_the_other_wrote_and_writes_the_same_bytes() {
         // Both from the same state, one request at a time: the same bytes.
         let seed = random.below(1 << 32);
         let mut ours: Vec<Disk> = disks.iter().map(Disk::twin).collect();
-        kernel_turn(machine, &mut disks, Some(seed));
+        let compared = kernel_turn(machine, &mut disks, Some(seed));
+        compared.into_iter().for_each(expect_same);
         for (disk, ours) in disks.iter().zip(&mut ours) {
             our_turn(ours, seed, false);
-            ours.same_as(
-                disk,
-                &format!("turn {turn}, nbdsnap's bytes against the kernel's"),
-            );
+            let what = format!("turn {turn}, nbdsnap's bytes against the kernel's");
+            expect_same(ours.same_as(disk, &what));
         }
         // Then nbdsnap on the kernel's stores, many requests at once.
         let seed = random.below(1 << 32);
@@ -352,13 +326,44 @@ fn turn_by_turn_each_reads_what_the_other_wrote_and_writes_the_same_bytes() {
             our_turn(disk, seed, true);
         }
     }
-    kernel_turn(machine, &mut disks, None);
     for disk in &disks[..3] {
         disk.assert_several_areas();
     }
+    // Once more, beside a disk with a store that is wrong in one byte.
+    let wrong = disks[0].with_a_wrong_byte();
+    expect_difference(wrong.same_as(&disks[0], "x"), "the store of snapshot 0");
+    wrong.nbdsnap_shows_the_difference();
+    disks.push(wrong);
+    let mut compared = kernel_turn(machine, &mut disks, None);
+    let last = compared.pop().expect("the wrong one");
+    expect_difference(last, "wrong: the kernel's snapshot 0: differs");
+    compared.into_iter().for_each(expect_same);
 }
 
+/// A disk that is like the first one, and wrong.
+const WRONG: Shape = Shape {
+    name: "wrong",
+    ..SHAPES[0]
+};
+
 impl Disk {
+    /// The same, but for a byte of the first chunk in the first store.
+    fn with_a_wrong_byte(&self) -> Self {
+        let mut wrong = self.twin();
+        wrong.shape = &WRONG;
+        let first_chunk = 2 * WRONG.chunks[0] * SECTOR;
+        wrong.cows[0][first_chunk as usize] ^= 1;
+        wrong
+    }
+
+    fn nbdsnap_shows_the_difference(&self) {
+        let folder = folder();
+        let (origin, cows) = self.lay_out(folder.path());
+        let server = exports::serve(folder.path(), &origin, &cows, true);
+        expect_difference(self.check_views(&server, "x"), "view 1: differs");
+        server.stop();
+    }
+
     /// The same once more.
     fn twin(&self) -> Self {
         Self {

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use nbdsnap_engine::{Status, StoreKind};
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::random::Random;
+use nbdsnap_tests::harness::server::Server;
+use nbdsnap_tests::kernel::compare::{Compared, expect_difference, expect_same, same, same_bytes};
 use nbdsnap_tests::kernel::exports::{self, Cow};
 use nbdsnap_tests::kernel::machine::Machine;
 use nbdsnap_tests::kernel::play::{Act, Score, Step, apply, outcomes_text, play};
@@ -115,6 +117,7 @@ impl Shape {
 }
 
 /// What one side made of a shape.
+#[derive(Clone)]
 struct Left {
     outcomes: String,
     origin: Vec<u8>,
@@ -209,7 +212,8 @@ fn our_side(shape: &Shape, image: &[u8], seed: u64) -> Left {
     let steps = shape.score(seed).steps();
     let outcomes = outcomes_text(&play(&steps, &mut exports::places(&server, 2)));
     let models = models(image, &steps, &outcomes);
-    check_views(shape.name, &server, &models, shape.end == Status::Invalid);
+    let invalid = shape.end == Status::Invalid;
+    expect_same(check_views(shape.name, &server, &models, invalid));
     server.stop();
     let mut bytes = std::fs::read(&cow.path).expect("readable");
     assert!(
@@ -241,48 +245,50 @@ fn lay_out(folder: &Path, shape: &Shape, origin: &[u8], cow: Option<&[u8]>) -> (
     )
 }
 
-fn check_views(
-    what: &str,
-    server: &nbdsnap_tests::harness::server::Server,
-    models: &[Vec<u8>],
-    invalid: bool,
-) {
+fn check_views(what: &str, server: &Server, models: &[Vec<u8>], invalid: bool) -> Compared {
     let origin = exports::read(server, 0).expect("the origin is readable");
-    assert!(origin == models[0], "{what}: nbdsnap's origin");
+    same_bytes(&origin, &models[0], &format!("{what}: nbdsnap's origin"))?;
     match exports::read(server, 1) {
-        Ok(view) => {
-            assert!(!invalid, "{what}: nbdsnap reads a lost snapshot");
-            assert!(view == models[1], "{what}: nbdsnap's snapshot");
-        }
-        Err(why) => assert!(invalid, "{what}: nbdsnap's snapshot: {why}"),
+        Ok(_) if invalid => Err(format!("{what}: nbdsnap reads a lost snapshot")),
+        Ok(view) => same_bytes(&view, &models[1], &format!("{what}: nbdsnap's snapshot")),
+        Err(_) if invalid => Ok(()),
+        Err(why) => Err(format!("{what}: nbdsnap's snapshot: {why}")),
     }
 }
 
-fn compare(shape: &Shape, image: &[u8], seed: u64, ours: &Left, slices: &Slices, output: &Output) {
+fn compare(
+    shape: &Shape,
+    image: &[u8],
+    seed: u64,
+    ours: &Left,
+    slices: &Slices,
+    output: &Output,
+) -> Compared {
     let name = shape.name;
     let steps = shape.score(seed).steps();
     let kernels = output.value(name).trim_start_matches("outcomes ");
-    assert_eq!(
-        of_writes(&steps, kernels),
-        of_writes(&steps, &ours.outcomes),
-        "{name}: which writes succeeded: the kernel's, nbdsnap's"
-    );
+    let of = |what: &str| format!("{name}: {what}");
+    same(
+        &of_writes(&steps, kernels),
+        &of_writes(&steps, &ours.outcomes),
+        &of("which writes succeeded: the kernel's, nbdsnap's"),
+    )?;
     let invalid = shape.end == Status::Invalid;
-    assert_eq!(
+    same(
         output.value(&format!("{name}.end")),
-        shape.end.to_string(),
-        "{name}: the kernel's end"
-    );
-    assert_eq!(
-        output.find(&format!("{name}.unreadable")).is_some(),
-        invalid,
-        "{name}: the kernel's own"
-    );
-    assert_eq!(
-        output.find(&format!("{name}.our.unreadable")).is_some(),
-        invalid,
-        "{name}: nbdsnap's, to the kernel"
-    );
+        &shape.end.to_string(),
+        &of("the kernel's end"),
+    )?;
+    same(
+        &output.find(&format!("{name}.unreadable")).is_some(),
+        &invalid,
+        &of("whether the kernel's own is lost"),
+    )?;
+    same(
+        &output.find(&format!("{name}.our.unreadable")).is_some(),
+        &invalid,
+        &of("whether nbdsnap's is lost to the kernel"),
+    )?;
 
     // The kernel's store, loaded again by the kernel and by nbdsnap.
     let (origin, cow) = (
@@ -290,7 +296,7 @@ fn compare(shape: &Shape, image: &[u8], seed: u64, ours: &Left, slices: &Slices,
         slices.read(&format!("{name}.c")),
     );
     let models = models(image, &steps, kernels);
-    assert!(origin == models[0], "{name}: the kernel's origin");
+    same_bytes(&origin, &models[0], &of("the kernel's origin"))?;
     let folder = folder();
     let (disk, cow) = lay_out(folder.path(), shape, &origin, Some(&cow));
     let status = |path: &Path| {
@@ -298,36 +304,33 @@ fn compare(shape: &Shape, image: &[u8], seed: u64, ours: &Left, slices: &Slices,
             .unwrap_or_else(|e| panic!("{name}: {e}"))
             .to_string()
     };
-    assert_eq!(
+    same(
         output.value(&format!("{name}.again")),
-        status(&cow.path),
-        "{name}: loaded again"
-    );
+        &status(&cow.path),
+        &of("loaded again"),
+    )?;
     let server = exports::serve(folder.path(), &disk, std::slice::from_ref(&cow), true);
-    check_views(name, &server, &models, invalid);
+    check_views(name, &server, &models, invalid)?;
     server.stop();
 
     // nbdsnap's store, loaded by the kernel.
     std::fs::write(&cow.path, &ours.cow).expect("a test file can be written");
-    assert_eq!(
+    same(
         output.value(&format!("{name}.our")),
-        status(&cow.path),
-        "{name}: nbdsnap's, as the kernel loads it"
-    );
-    if !invalid {
-        assert!(
-            slices.read(&format!("{name}.d")) == models[1],
-            "{name}: the kernel's snapshot"
-        );
-        assert!(
-            slices.read(&format!("{name}.our.d")) == models[1],
-            "{name}: nbdsnap's, as the kernel reads it"
-        );
-        assert!(
-            slices.read(&format!("{name}.c")) == ours.cow,
-            "{name}: the stores differ"
-        );
+        &status(&cow.path),
+        &of("nbdsnap's, as the kernel loads it"),
+    )?;
+    if invalid {
+        return Ok(());
     }
+    let (own, our) = (
+        slices.read(&format!("{name}.d")),
+        slices.read(&format!("{name}.our.d")),
+    );
+    same_bytes(&own, &models[1], &of("the kernel's snapshot"))?;
+    same_bytes(&our, &models[1], &of("nbdsnap's, as the kernel reads it"))?;
+    let kernels = slices.read(&format!("{name}.c"));
+    same_bytes(&ours.cow, &kernels, &of("nbdsnap's store"))
 }
 
 #[test]
@@ -345,6 +348,45 @@ fn a_full_store_is_as_full_to_the_other() {
         .collect();
     let (slices, output, _folder) = kernels_side(machine, &image, seed, &ours);
     for (shape, ours) in SHAPES.iter().zip(&ours) {
-        compare(shape, &image, seed, ours, &slices, &output);
+        expect_same(compare(shape, &image, seed, ours, &slices, &output));
+    }
+    differences_are_noticed(&image, seed, &ours, &slices, &output);
+}
+
+/// What nbdsnap left is another than what it was: the comparison notices, for a
+/// store that overflowed and for one that was lost.
+fn differences_are_noticed(
+    image: &[u8],
+    seed: u64,
+    ours: &[Left],
+    slices: &Slices,
+    output: &Output,
+) {
+    let compare = |n: usize, left: &Left, image: &[u8]| {
+        compare(&SHAPES[n], image, seed, left, slices, output)
+    };
+    for n in [0, 3] {
+        let failed = ours[n].outcomes.replace('1', "0");
+        let wrong = ours[n].with(|left| left.outcomes = failed);
+        expect_difference(compare(n, &wrong, image), "which writes succeeded");
+        let mut sectors = image.chunks(512).zip(ours[n].origin.chunks(512));
+        let untouched = sectors.position(|(before, after)| before == after);
+        let mut other = image.to_vec();
+        other[untouched.expect("a sector that nobody wrote") * 512] ^= 1;
+        expect_difference(compare(n, &ours[n], &other), "origin: differs");
+        // The word that says valid, or that does not.
+        let wrong = ours[n].with(|left| left.cow[4] ^= 1);
+        expect_difference(compare(n, &wrong, image), "as the kernel loads it");
+    }
+    let wrong = ours[3].with(|left| left.cow[2 * 8 * 512] ^= 1);
+    expect_difference(compare(3, &wrong, image), "nbdsnap's store: differs");
+}
+
+impl Left {
+    /// The same, but for one thing.
+    fn with(&self, change: impl FnOnce(&mut Self)) -> Self {
+        let mut other = self.clone();
+        change(&mut other);
+        other
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::random::{Random, long_run};
+use nbdsnap_tests::kernel::compare::{Compared, expect_difference, expect_same, same_bytes};
 use nbdsnap_tests::kernel::exports::{self, Cow};
 use nbdsnap_tests::kernel::machine::Machine;
 use nbdsnap_tests::kernel::seed;
@@ -71,8 +72,10 @@ say begun
 wait
 ";
 
-fn check(slices: &Slices, images: &[Vec<u8>], what: &str) -> u64 {
-    let mut exceptions = 0;
+/// nbdsnap shows the snapshots as these images; on how many disks more than
+/// nothing had been overwritten.
+fn check(slices: &Slices, images: &[Vec<u8>], what: &str) -> Result<u64, String> {
+    let mut overwritten = 0;
     for (chunk, image) in CHUNKS.iter().zip(images) {
         let name = format!("c{chunk}");
         let folder = folder();
@@ -82,21 +85,34 @@ fn check(slices: &Slices, images: &[Vec<u8>], what: &str) -> u64 {
         std::fs::write(&origin, &now).expect("a test file can be written");
         std::fs::write(&cow, slices.read(&format!("{name}.c")))
             .expect("a test file can be written");
-        exceptions += u64::from(now != *image);
+        overwritten += u64::from(now != *image);
         let cow = Cow {
             path: cow,
             options: String::new(),
         };
         let server = exports::serve(folder.path(), &origin, &[cow], false);
         let shown = exports::read(&server, 1).expect("the snapshot is readable");
-        let at = shown.iter().zip(image).position(|(x, y)| x != y);
-        assert!(
-            at.is_none(),
-            "{what}: {name}: nbdsnap's snapshot differs from byte {at:?} on"
-        );
         server.stop();
+        same_bytes(
+            &shown,
+            image,
+            &format!("{what}: {name}: nbdsnap's snapshot"),
+        )?;
     }
-    exceptions
+    Ok(overwritten)
+}
+
+/// The kernel's copies of its snapshots are these images.
+fn check_kernels(slices: &Slices, images: &[Vec<u8>], what: &str) -> Compared {
+    let mut all = CHUNKS.iter().zip(images);
+    all.try_for_each(|(chunk, image)| {
+        let shown = slices.read(&format!("c{chunk}.d"));
+        same_bytes(
+            &shown,
+            image,
+            &format!("{what}: c{chunk}: the kernel's snapshot"),
+        )
+    })
 }
 
 #[test]
@@ -138,17 +154,18 @@ fn a_cut_while_the_kernel_writes_leaves_every_snapshot_exact() {
             println!("cut {cut}: {wait} ms after the first steps");
             running.cut_power();
         }
-        for (chunk, image) in CHUNKS.iter().zip(&images) {
-            let shown = slices.read(&format!("c{chunk}.d"));
-            assert!(
-                shown == *image,
-                "cut {cut}: c{chunk}: the kernel's snapshot is not exact"
-            );
-        }
+        let what = format!("cut {cut}");
+        expect_same(check_kernels(&slices, &images, &what));
         if !last {
             images = fresh;
-            overwritten += check(&slices, &images, &format!("cut {cut}"));
+            overwritten += check(&slices, &images, &what).unwrap_or_else(|why| panic!("{why}"));
         }
     }
     assert!(overwritten > 0, "no cut came after a write");
+    // One byte of what the snapshots ought to show is another: both notice.
+    let middle = images[2].len() / 2;
+    images[2][middle] ^= 1;
+    let wanted = format!("snapshot: differs from byte {middle} on");
+    expect_difference(check_kernels(&slices, &images, "x"), &wanted);
+    expect_difference(check(&slices, &images, "x").map(drop), &wanted);
 }

@@ -42,6 +42,9 @@ fill() { # fill: files and their checksums, some of them not on the disk yet
 verify() { # verify NAME TABLE: the backup is exact, the disk is as it was meant to be
     cmp /tmp/before.sums /tmp/backup.sums || die $1: the backup is not the instant
     [ $(wc -l </tmp/before.sums) -gt 30 ] || die $1: no files
+    # The comparison can fail: a backup of the disk itself is not the instant.
+    (cd /mnt/disk && find . -type f | sort | xargs sha256sum) >/tmp/disk.sums
+    ! cmp -s /tmp/before.sums /tmp/disk.sums || die $1: the disk is still the instant
     [ $(ls /mnt/disk | grep -c -e new -e busy) = 20 ] || die $1: writes were lost
     [ $(dmsetup table $1 | tr ' ' _) = $(echo $2 | tr ' ' _) ] || die $1: the table is not the first one
     [ $(dmsetup ls | grep -c ^$1) = 1 ] || die $1: devices are left: $(dmsetup ls)

@@ -91,8 +91,7 @@ fn search(checks: Checks, first: u64, runs: u64) -> Search {
 /// Play one run and print every step: of the engine, or of the mutant that `NBDSNAP_MUTANT` names.
 fn play_told(seed: u64) {
     let name = std::env::var("NBDSNAP_MUTANT").unwrap_or_else(|_| "None".into());
-    let known = MUTANTS.iter().copied().chain([Mutant::None]);
-    let mutant = known.into_iter().find(|m| format!("{m:?}") == name);
+    let mutant = Mutant::named(&name);
     let mutant =
         mutant.unwrap_or_else(|| panic!("NBDSNAP_MUTANT={name}: there is none of that name"));
     let report = Checks { mutant, told: true }.run(seed);
@@ -196,6 +195,7 @@ mutants! {
     mutant_no_scrub_is_found NoScrub,
     mutant_origin_write_early_is_found OriginWriteEarly,
     mutant_volatile_taken_for_durable_is_found VolatileTakenForDurable,
+    mutant_write_now_on_volatile_is_found WriteNowOnVolatile,
     mutant_create_without_flush_is_found CreateWithoutFlush,
     mutant_create_without_drain_is_found CreateWithoutDrain,
     mutant_store_create_with_one_flush_is_found StoreCreateOneFlush,
@@ -212,6 +212,15 @@ mutants! {
     mutant_merge_with_a_flush_of_one_device_is_found MergeFlushOneDevice,
     mutant_suspended_without_a_flush_is_found SuspendWithoutFlush,
     mutant_removed_before_its_end_is_found RemovedBeforeItsEnd,
+}
+
+#[test]
+fn every_mutant_is_searched_for() {
+    let left_out: Vec<_> = Mutant::ALL
+        .iter()
+        .filter(|m| **m != Mutant::None && !MUTANTS.contains(m))
+        .collect();
+    assert!(left_out.is_empty(), "{left_out:?}");
 }
 
 /// Seeds that found something once. The sentence is what must not come back. A

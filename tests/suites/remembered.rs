@@ -335,9 +335,9 @@ fn a_kill_in_the_middle_of_an_order_leaves_it_done_or_undone() {
             assert_eq!(both.0, !there, "round {round}: an order that was answered");
         }
         if both.0 == there {
-            undone += 1
+            undone += 1;
         } else {
-            done += 1
+            done += 1;
         }
         if !there && both.0 {
             assert_eq!(read(&server, "vm@g"), now, "round {round}");

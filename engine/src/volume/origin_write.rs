@@ -330,7 +330,7 @@ impl Volume {
             .filter(|e| e.device == Device::Origin);
         let clear = direct
             .clone()
-            .all(|e| self.is_copied(e.offset, e.offset + e.len));
+            .all(|e| self.is_copied_for_now(e.offset, e.offset + e.len));
         let in_store = direct.count() < extents.len() - before;
         if !clear {
             extents.truncate(before);
@@ -341,6 +341,18 @@ impl Volume {
             merge.written();
         }
         Now::Go
+    }
+
+    /// [`Volume::is_copied`], for a write that is done at once.
+    fn is_copied_for_now(&self, start: u64, end: u64) -> bool {
+        if self.law.write_now_on_durable() {
+            return self.is_copied(start, end);
+        }
+        self.snapshots.iter().all(|s| match s.state {
+            State::Creating | State::Invalid | State::Removing => true,
+            State::Active | State::Overflowed => s.is_mapped(start, end),
+            State::Invalidating(_) | State::Unmarked => false,
+        })
     }
 
     /// Every snapshot has durable copies of `start..end`, or needs none.

@@ -103,6 +103,11 @@ pub fn main() -> ExitCode {
         _ => log::Usual::Warn,
     };
     log::start(usual, cli.verbosity.verbose, cli.verbosity.quiet);
+    #[cfg(feature = "mutants")]
+    if let Err(message) = crate::law::announce() {
+        complain(&message);
+        return ExitCode::from(2);
+    }
     let (verb, ended) = match cli.verb {
         Verb::Serve(args) => ("serve", serve::run(args)),
         Verb::Snapshot(args) => ("snapshot", snapshot::run(args)),

@@ -14,6 +14,7 @@ use super::signature::{self, Contents};
 use super::store_io::StoreDisk;
 use super::{Cause, Note, Refusal, SnapshotRequest, shown};
 use crate::cli::size;
+use crate::law;
 use crate::server::setup::OpenDisk;
 
 /// A header, an area and one chunk of data.
@@ -239,7 +240,7 @@ fn open_store(
         }
     };
     let origin_bytes = wanted.length(origin);
-    let store = Store::open(
+    let store = law::open_store(
         wanted.kind,
         size,
         origin_bytes,

@@ -16,6 +16,7 @@ use super::store_io::{StoreDisk, sync_folder_of};
 use super::{Making, Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown};
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
+use crate::law;
 use crate::names;
 use crate::server::setup::{Defaults, OpenDisk, OpenSnapshot, OpenVolume};
 
@@ -316,7 +317,7 @@ fn finish(
 
 fn write_store(disk: &OpenDisk, spec: StoreSpec, notes: &mut Vec<Note>) -> Result<Store, Refusal> {
     let mut io = StoreDisk::new(disk, Access::ReadWrite);
-    let store = Store::create(spec, &mut io)
+    let store = law::create_store(spec, &mut io)
         .map_err(|error| Refusal::disk(&disk.path, "writing the store", error))?;
     disk.file
         .sync_all()
@@ -337,7 +338,7 @@ fn repair(
     notes: &mut Vec<Note>,
 ) -> Result<Store, Refusal> {
     let mut io = StoreDisk::new(disk, Access::ReadWrite);
-    let opened = Store::open(kind, size, origin_bytes, Access::ReadWrite, &mut io);
+    let opened = law::open_store(kind, size, origin_bytes, Access::ReadWrite, &mut io);
     if let Some((path, error)) = &io.copy_failed {
         return Err(Refusal::io(path, "keeping a copy of a torn area", error));
     }

@@ -13,11 +13,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use nbdsnap_engine::law::Mutant;
 use rustix::process::Signal;
 
 use super::PATIENCE;
 use super::process::{Finished, pid_of, run, wait};
-use super::program::program;
+use super::program::{MUTANT_VARIABLE, mutant_program, program};
 use super::wire::Address;
 
 /// The arguments of one `nbdsnap serve`; can be started any number of times.
@@ -27,6 +28,8 @@ pub struct Serve {
     exports: usize,
     socket: Option<PathBuf>,
     control: Option<PathBuf>,
+    mutant: Option<Mutant>,
+    environment: Vec<(String, String)>,
 }
 
 impl Serve {
@@ -88,13 +91,29 @@ impl Serve {
         self.arg("--read-only")
     }
 
+    /// Serve with a rule of durability broken: another build of the program.
+    pub fn mutant(&mut self, mutant: Mutant) -> &mut Self {
+        self.mutant = Some(mutant);
+        self.env(MUTANT_VARIABLE, &format!("{mutant:?}"))
+    }
+
+    /// An environment variable.
+    pub fn env(&mut self, name: &str, value: &str) -> &mut Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// The command line, for a test that starts it its own way.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(program());
+        let mut command = Command::new(match self.mutant {
+            None => program(),
+            Some(_) => mutant_program(),
+        });
         command
             .arg("serve")
             .args(&self.args)
             .env_remove("RUST_LOG")
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null());
         command
     }

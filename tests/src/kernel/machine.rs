@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use crate::harness::program::workspace;
 
 /// What must be installed to make the image and boot it.
-const TOOLS: [&str; 15] = [
+const TOOLS: [&str; 16] = [
     "qemu-system-x86_64",
     "apt-get",
     "busybox",
@@ -24,6 +24,7 @@ const TOOLS: [&str; 15] = [
     "fstrim",
     "blkdiscard",
     "sfdisk",
+    "strip",
 ];
 
 /// A kernel and a RAM disk to boot.
@@ -80,7 +81,7 @@ impl Machine {
 }
 
 /// Cargo's target folder.
-fn target() -> PathBuf {
+pub(super) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 

@@ -4,16 +4,30 @@
 //!
 //! - [`machine`]: Debian's kernel and an initial RAM disk, made once and kept,
 //! - [`vm`]: boots it with disks and a script, and takes in what the script says,
+//! - [`program`]: programs as they are put into it,
 //! - [`slices`]: many small devices on one disk,
 //! - [`play`]: requests from a seed, played on devices or on NBD exports,
-//! - [`exports`]: what nbdsnap shows of an origin and its stores.
+//! - [`compare`]: comparisons that can be tried themselves,
+//! - [`exports`]: what nbdsnap shows of an origin and its stores,
+//! - [`load`]: requests on several volumes at once, over restarts,
+//! - [`log`]: the log of a `dm-log-writes` device,
+//! - [`replay`]: the states that a crash could have left, one after the other,
+//! - [`netlink`]: an NBD client's orders to the kernel,
+//! - [`file_load`]: files, and what was promised about them.
 //!
 //! A boot costs some seconds of processor time, since nothing but emulation can
 //! be counted on: suites do many cases in each.
 
+pub mod compare;
 pub mod exports;
+pub mod file_load;
+pub mod load;
+pub mod log;
 pub mod machine;
+pub mod netlink;
 pub mod play;
+pub mod program;
+pub mod replay;
 pub mod slices;
 pub mod vm;
 

@@ -87,6 +87,15 @@ impl Slices {
         content
     }
 
+    /// The slice that a byte of the disk lies in, and where in it.
+    pub fn find(&self, offset: u64) -> (&str, u64) {
+        let mut all = self.all.iter();
+        let slice = all
+            .find(|slice| (slice.start..slice.start + slice.bytes).contains(&offset))
+            .unwrap_or_else(|| panic!("byte {offset} lies in no slice"));
+        (&slice.name, offset - slice.start)
+    }
+
     /// Shell lines that give each slice its device, on the machine's `disk`.
     pub fn script(&self, disk: &str) -> String {
         self.all.iter().fold(String::new(), |mut text, slice| {

@@ -16,13 +16,23 @@ use std::time::{Duration, Instant};
 use super::machine::Machine;
 
 /// How long a script may run. Emulation on a busy machine is slow.
-const PATIENCE: Duration = Duration::from_mins(5);
+const PATIENCE: Duration = Duration::from_mins(15);
+
+/// A disk of a machine.
+#[derive(Debug)]
+struct Disk {
+    path: PathBuf,
+    block: u32,
+    /// Writes a second at most; 0: as many as it can.
+    iops: u32,
+}
 
 /// A machine to be booted.
 #[derive(Debug)]
 pub struct Vm<'a> {
     machine: &'a Machine,
-    disks: Vec<(PathBuf, u32)>,
+    processors: u32,
+    disks: Vec<Disk>,
     files: Vec<(String, Vec<u8>)>,
 }
 
@@ -31,9 +41,16 @@ impl<'a> Vm<'a> {
     pub fn new(machine: &'a Machine) -> Self {
         Self {
             machine,
+            processors: 2,
             disks: Vec::new(),
             files: Vec::new(),
         }
+    }
+
+    /// With so many processors instead of two.
+    pub fn processors(&mut self, processors: u32) -> &mut Self {
+        self.processors = processors;
+        self
     }
 
     /// The next disk.
@@ -43,7 +60,18 @@ impl<'a> Vm<'a> {
 
     /// The next disk, with logical blocks of so many bytes.
     pub fn disk_with_blocks(&mut self, path: &Path, block: u32) -> &mut Self {
-        self.disks.push((path.to_owned(), block));
+        self.disks.push(Disk {
+            path: path.to_owned(),
+            block,
+            iops: 0,
+        });
+        self
+    }
+
+    /// The last disk is slow: so many writes a second. What waits for
+    /// its turn when the power is cut does not reach the disk.
+    pub fn slow(&mut self, iops: u32) -> &mut Self {
+        self.disks.last_mut().expect("a disk").iops = iops;
         self
     }
 
@@ -91,22 +119,25 @@ impl<'a> Vm<'a> {
     fn command(&self, ram_disk: &Path, console: &Path) -> Command {
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi"])
-            .args(["-cpu", "max", "-smp", "2", "-m", "1024"])
+            .args(["-cpu", "max", "-smp", &self.processors.to_string()])
+            .args(["-m", "1024"])
             .args(["-display", "none", "-monitor", "none", "-net", "none"])
             .args(["-no-reboot", "-nodefaults"])
             .arg("-kernel")
             .arg(self.machine.kernel())
             .arg("-initrd")
             .arg(ram_disk)
-            .args(["-append", "console=ttyS0 panic=-1"])
+            // Whether the timer ticks in time cannot be told where others take
+            // the processor away: the kernel would panic.
+            .args(["-append", "console=ttyS0 panic=-1 no_timer_check"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .args(["-serial", "stdio"]);
-        for (n, (disk, block)) in self.disks.iter().enumerate() {
+        for (n, Disk { path, block, iops }) in self.disks.iter().enumerate() {
             qemu.arg("-drive")
                 .arg(format!(
-                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap",
-                    disk.display()
+                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap,throttling.iops-write={iops}",
+                    path.display()
                 ))
                 .arg("-device")
                 .arg(format!(

@@ -27,6 +27,7 @@ use crate::io::file::Medium;
 use crate::io::helpers::Helpers;
 use crate::io::shard::{Clients, Message, Outside};
 use crate::io::table::{Key, Table};
+use crate::law;
 use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
@@ -204,7 +205,7 @@ impl Hosted {
                 read_only,
             })
         };
-        let mut volume = Volume::new(new.config);
+        let mut volume = law::new_volume(new.config);
         let mut stores = BTreeMap::new();
         let mut views = vec![None; new.snapshots.len()];
         let mut missing = Vec::new();
