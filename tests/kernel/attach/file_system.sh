@@ -133,7 +133,6 @@ look /dev/nbd2 $frozen fork
 say monday $from $(acknowledged)
 
 # --- the second instant, with the file system frozen
-detach /dev/nbd2
 sync
 checksums /mnt/live >/tmp/tuesday.sums
 write_more
@@ -142,7 +141,6 @@ take_snapshot tuesday frozen
 to=$(($(acknowledged) + 1))
 change /mnt/live/settled end
 checksums /mnt/live >/tmp/live.sums
-attach disk@monday /dev/nbd2
 attach disk@tuesday /dev/nbd3 -R
 write_more
 look /dev/nbd3 $frozen tuesday
@@ -163,10 +161,14 @@ fstrim /mnt/live
 look /dev/nbd2 $frozen fork
 look /dev/nbd3 $frozen tuesday
 
+# --- the server is exchanged under the mounted file system
+detach /dev/nbd2 /dev/nbd3
+exchange_server --nolockfs
+holds /mnt/live live || die "the live disk after the server was exchanged"
+
 # --- the server ends and begins between two mounts
 umount /mnt/live
 close_live
-detach /dev/nbd2 /dev/nbd3
 stop_server
 serve_disk
 attach disk /dev/nbd0

@@ -79,7 +79,7 @@ close_live() {
 
 # serve_disk: the disk with all its snapshots.
 snapshots=
-serve_disk() { serve disk=$DISK $snapshots; }
+serve_disk() { serve disk=$DISK $snapshots --control /run/nbdsnap.control; }
 
 # exchange_server [OPTION]: the server ends, and another one serves the disk with
 # all its snapshots, under a file system that stays mounted: device-mapper holds
@@ -103,11 +103,13 @@ exchange_server() {
 }
 
 # take_snapshot NAME [frozen]: one more snapshot of the live disk, now, in a new
-# store under $STORES. The file system is mounted on /mnt/live and written.
+# store under $STORES, by an order to the server that serves it. The file system is
+# mounted on /mnt/live and written; it is frozen for the instant, or notices nothing,
+# and its journal is as a power cut would leave it.
 take_snapshot() {
-    snapshots="$snapshots --snapshot disk@$1=$STORES/$1"
-    case ${2-} in
-    frozen) exchange_server ;;
-    *) exchange_server --nolockfs ;;
-    esac
+    local name=$1 frozen=${2-}
+    set -- --cow $STORES/$name --control /run/nbdsnap.control
+    [ -z "$frozen" ] || set -- "$@" --freeze "fsfreeze --freeze /mnt/live" --thaw "fsfreeze --unfreeze /mnt/live"
+    nbdsnap snapshot create disk@$name "$@" >/tmp/order.log 2>&1 || die "$name: $(cat /tmp/order.log)"
+    snapshots="$snapshots --snapshot disk@$name=$STORES/$name"
 }
