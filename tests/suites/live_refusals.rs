@@ -267,7 +267,7 @@ fn rubbish_is_answered_with_a_line_and_silence_with_nothing() {
             b"{\"version\":1,\"order\":{\"snapshot-list\":{\"x\":1}}}\n",
             "unknown field",
         ),
-        (&[b'x'; (256 << 10) + 1], "a line of more than"),
+        (&vec![b'x'; (256 << 10) + 1], "a line of more than"),
     ] {
         let mut stranger = scene.stranger();
         // The server may hang up on a line that is too long before all is sent.

@@ -41,6 +41,9 @@ pub(super) fn begin(
     shard: &Shard,
     defaults: &Defaults,
 ) -> Moving {
+    for snapshot in &mut volume.snapshots {
+        snapshot.read_only |= volume.read_only;
+    }
     let facts = volume.snapshots.iter_mut().map(SnapshotFacts::of).collect();
     let origin_bytes = volume.disk.bytes;
     let entry = VolumeEntry {
