@@ -25,7 +25,21 @@
 //! 5. Once snapshot reads of the range have ended (`in_flight.rs`), the write
 //!    goes to the disk, and its end to the client.
 //!
+//! A snapshot's instant holds step 5 of every write, and a suspended volume all
+//! of them; a store that is full may do so too: see "While the disk is in use".
+//!
 //! A write that needs none of this goes around all of it: [`Volume::write_now`].
+//!
+//! # While the disk is in use
+//!
+//! Snapshots come (`volume/instant.rs`: one instant for one or several) and go
+//! (`volume/removal.rs`); the volume stands still and goes on
+//! (`volume/suspend.rs`); stores fill, pause writes or refuse them, and are
+//! extended (`volume/full.rs`); the origin grows (`volume/lifecycle.rs`).
+//!
+//! # Merges
+//!
+//! An origin is rolled back to a snapshot in `volume/merge`: see there.
 //!
 //! # Invariants
 //!

@@ -119,6 +119,16 @@ impl ViewModel {
         }
     }
 
+    /// The view is `sectors` long from now on: what is new holds zeros, durably.
+    pub fn grow(&mut self, sectors: u64) {
+        let cells = sectors as usize * CELLS;
+        assert!(cells >= self.cells.len(), "a view does not shrink");
+        self.cells.resize_with(cells, || Cell {
+            settled: pattern::ZERO,
+            candidates: Vec::new(),
+        });
+    }
+
     /// A write of `stamp` is handed in (a trim, or zeroes: [`pattern::ZERO`]).
     pub fn begin_write(&mut self, range: Cells, stamp: Stamp, issued: Time) {
         for cell in &mut self.cells[range.from..range.to] {

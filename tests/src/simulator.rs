@@ -7,6 +7,7 @@
 //! seed always plays the same run.
 
 pub mod ledger;
+mod live;
 mod merging;
 mod operations;
 mod recovery;
@@ -24,6 +25,7 @@ use nbdsnap_engine::{
 };
 
 use self::ledger::{Ledger, Tally};
+use self::live::Suspension;
 use self::recovery::Made;
 use self::traffic::Session;
 use self::world::{Phase, World, say};
@@ -127,7 +129,7 @@ impl Checks {
     pub fn cut_merge(self, cut: Cut) -> Report {
         let mut rng = Rng::new(cut.seed);
         let plan = Plan::small_merge(&mut rng);
-        let mut world = World::of_plan(rng, plan, 1, self.told);
+        let mut world = World::of_plan(rng, plan, 0, self.told);
         let played = catch_unwind(AssertUnwindSafe(|| self.play_cut(&mut world, cut)));
         Self::report(world, played)
     }
@@ -140,7 +142,6 @@ impl Checks {
             return Self::finish(session);
         }
         let Session { world, .. } = session;
-        world.crashes_left = 0;
         world.rng = Rng::new(cut.seed ^ (cut.after << 16) ^ (cut.salt << 48));
         say!(world, "-- the power fails");
         world.crash(Crash::Power);
@@ -178,8 +179,12 @@ impl Checks {
     fn end_process(session: Session<'_>, half_made: bool, closed: bool) -> Crash {
         let idle = session.in_flight() == 0;
         let growing = session.is_growing();
+        let suspended = session.suspension == Suspension::Suspended;
         let Session { world, .. } = session;
         world.crashes_left -= 1;
+        if suspended {
+            world.ledger.count(Tally::CrashSuspended);
+        }
         if growing {
             world.ledger.count(Tally::GrowthLost);
         }
@@ -203,7 +208,7 @@ impl Checks {
     /// The last process: everything is quiet, and closes.
     fn finish(mut session: Session<'_>) -> Result<(), Violation> {
         session.resume_merge();
-        let cells = session.world.all_cells();
+        let cells = session.world.cells_of(None);
         session.hand_in(None, cells, Ask::Read)?;
         session.settle()?;
         session.close()?;
@@ -314,6 +319,8 @@ impl Checks {
         stores: &mut Vec<(usize, Store)>,
     ) -> Result<(), Violation> {
         world.ledger.count(Tally::CreateUndone);
+        // If it becomes a snapshot, then of the origin as it is now.
+        world.slots[index].sectors = world.origin_sectors;
         let keep = crash == Crash::Power && world.rng.chance(1, 2);
         let opened = if keep {
             Some(world.open_store(index, Access::ReadWrite, self, None)?)
@@ -331,7 +338,7 @@ impl Checks {
             world.ledger.count(Tally::CreateAdopted);
             let slot = &mut world.slots[index];
             slot.phase = Phase::Active;
-            slot.view = world.model.clone();
+            slot.begin_view(world.model.clone(), world.origin_sectors);
             slot.recount();
             stores.push((index, store));
         }

@@ -1,8 +1,8 @@
 //! What a seed chooses: the shape of a volume and its stores, the temper of a
 //! run, and its requests one by one. Pure choices; the simulator plays them.
 
-use nbdsnap_engine::StoreKind;
 use nbdsnap_engine::disk::sim::{Faults, Rng};
+use nbdsnap_engine::{OnFull, StoreKind};
 
 use crate::pattern::{CELLS, Cells, SECTOR};
 use crate::store_bytes;
@@ -31,6 +31,8 @@ pub struct StorePlan {
     pub step_chunks: u64,
     /// How it begins.
     pub beginning: Beginning,
+    /// What happens when it is full.
+    pub on_full: OnFull,
 }
 
 impl StorePlan {
@@ -59,7 +61,7 @@ impl StorePlan {
 pub struct Plan {
     /// Sectors of the origin.
     pub origin_sectors: u64,
-    /// The stores, at most four.
+    /// The stores: mostly up to four, sometimes sixteen.
     pub stores: Vec<StorePlan>,
     /// `VolumeConfig::copy_piece`.
     pub copy_piece: u64,
@@ -93,6 +95,8 @@ pub struct Plan {
     pub merges: u64,
     /// Bytes that a merge copies in a step.
     pub merge_step: u64,
+    /// Of 64: how many steps have one of the verbs of a live disk with them.
+    pub live: u64,
     /// What fails while there is traffic.
     pub faults: Faults,
     /// What requests are like.
@@ -194,10 +198,12 @@ impl Plan {
         };
         let count = if large {
             1
+        } else if profile >= 50 && rng.chance(1, 40) {
+            16
         } else {
             [1, 1, 2, 2, 3, 4][rng.index(6)]
         };
-        let stores = (0..count)
+        let mut stores: Vec<StorePlan> = (0..count)
             .map(|i| {
                 let chunk = if i == 0 {
                     first_chunk
@@ -208,6 +214,12 @@ impl Plan {
             })
             .collect();
         let mut temper = Temper::pick(origin_sectors, rng);
+        let merges = [0, 0, 1, 4][rng.index(4)];
+        if profile < 36 || merges > 0 {
+            for store in &mut stores {
+                store.on_full = OnFull::Invalidate;
+            }
+        }
         if profile < 36 {
             temper.span = 12;
             temper.commands[1] += 8;
@@ -250,8 +262,14 @@ impl Plan {
             } else {
                 [0, 1][rng.index(2)]
             },
-            merges: [0, 0, 1, 4][rng.index(4)],
+            merges,
             merge_step: [512, 2048, 8192, 1 << 20][rng.index(4)],
+            // What tears takes its time undisturbed, and merges are played by themselves.
+            live: match () {
+                () if merges > 0 => 0,
+                () if profile < 36 => [0, 0, 0, 0, 0, 8][rng.index(6)],
+                () => [0, 2, 8, 24][rng.index(4)],
+            },
             faults,
             temper,
         }
@@ -281,6 +299,7 @@ impl Plan {
                     limit_sectors,
                     step_chunks: 1,
                     beginning: Beginning::Preloaded(preload(i, chunk_sectors, rng)),
+                    on_full: OnFull::Invalidate,
                 }
             })
             .collect();
@@ -288,6 +307,7 @@ impl Plan {
         plan.depth = [1, 3, 8][rng.index(3)];
         plan.burst = rng.between(1, 3);
         plan.merges = 0;
+        plan.live = 0;
         plan.merge_step = [512, 2048, 1 << 20][rng.index(3)];
         plan.faults = Faults::default();
         plan
@@ -352,11 +372,15 @@ impl Plan {
             limit_sectors,
             step_chunks,
             beginning,
+            on_full: {
+                let half = OnFull::Invalidate;
+                [half, half, OnFull::Pause, OnFull::Error][rng.index(4)]
+            },
         }
     }
 
-    /// The ends of requests: a range of a view, and what is done with it.
-    pub fn request(&self, chunk_sectors: u64, rng: &mut Rng) -> (Cells, Ask) {
+    /// The ends of requests: a range of a view of `sectors`, and what is done with it.
+    pub fn request(&self, sectors: u64, chunk_sectors: u64, rng: &mut Rng) -> (Cells, Ask) {
         let temper = &self.temper;
         let weights = &temper.commands;
         let mut pick = rng.below(weights.iter().sum());
@@ -376,22 +400,21 @@ impl Plan {
             3 => Ask::Trim { fua },
             _ => Ask::Flush,
         };
-        (self.range(chunk_sectors, rng), ask)
+        (self.range(sectors, chunk_sectors, rng), ask)
     }
 
-    /// A range of several chunks.
-    pub fn storm(&self, chunk: u64, rng: &mut Rng) -> Cells {
-        let from = rng.below(self.origin_sectors) / chunk * chunk;
-        let to = (from + chunk * rng.between(3, 12)).min(self.origin_sectors);
+    /// A range of several chunks, of a view of `sectors`.
+    pub fn storm(sectors: u64, chunk: u64, rng: &mut Rng) -> Cells {
+        let from = rng.below(sectors) / chunk * chunk;
+        let to = (from + chunk * rng.between(3, 12)).min(sectors);
         Cells {
             from: from as usize * CELLS,
             to: to as usize * CELLS,
         }
     }
 
-    fn range(&self, chunk: u64, rng: &mut Rng) -> Cells {
+    fn range(&self, sectors: u64, chunk: u64, rng: &mut Rng) -> Cells {
         let temper = &self.temper;
-        let sectors = self.origin_sectors;
         let sector = match rng.below(16) {
             n if n < temper.hot => (temper.hot_at + rng.below(chunk * 2)) % sectors,
             15 => sectors - 1,

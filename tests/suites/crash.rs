@@ -162,7 +162,7 @@ fn expect_clean(found: &Search) {
 
 /// Break a rule; the search must notice, within a bounded number of runs.
 fn must_be_found(mutant: Mutant) {
-    const MOST: u64 = 20_000;
+    const MOST: u64 = 40_000;
     let checks = Checks {
         mutant,
         told: false,
@@ -210,20 +210,24 @@ mutants! {
     mutant_merge_that_overtakes_writes_is_found MergeWritesNotDrained,
     mutant_merge_that_releases_early_is_found MergeReleasedEarly,
     mutant_merge_with_a_flush_of_one_device_is_found MergeFlushOneDevice,
+    mutant_suspended_without_a_flush_is_found SuspendWithoutFlush,
+    mutant_removed_before_its_end_is_found RemovedBeforeItsEnd,
 }
 
-/// Seeds that found something once. The sentence is what must not come back.
+/// Seeds that found something once. The sentence is what must not come back. A
+/// change of the workload gives a seed another run: then break the engine again,
+/// and pin the first seed that notices.
 fn stays_right(seed: u64) {
     let report = Checks::default().run(seed);
     assert_eq!(report.violation, None, "seed {seed}");
 }
 
 #[test]
-fn seed_553_open_flushes_what_a_killed_process_left_in_the_page_cache() {
-    stays_right(553);
+fn seed_120_open_flushes_what_a_killed_process_left_in_the_page_cache() {
+    stays_right(120);
 }
 
 #[test]
-fn seed_1090_close_flushes_an_origin_that_a_killed_process_wrote() {
-    stays_right(1090);
+fn seed_2385_close_flushes_an_origin_that_a_killed_process_wrote() {
+    stays_right(2385);
 }

@@ -4,6 +4,8 @@
 //! and each merge is cut off again at many places, and taken up from the bytes
 //! that are left.
 
+use std::fmt::Write;
+
 use bytes::Bytes;
 use nbdsnap_engine::{
     Access, Action, Device, DiskError, Event, Outcome, SnapshotId, Store, StoreIo, StoreKind,
@@ -107,10 +109,10 @@ impl Pair {
     }
 
     fn assert_merged(&mut self, name: &str, sha: &str) {
-        let found: String = Sha256::digest(&self.origin.0)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let mut found = String::new();
+        for byte in Sha256::digest(&self.origin.0) {
+            write!(found, "{byte:02x}").expect("a string takes all");
+        }
         assert_eq!(found, sha, "{name}: the origin");
         let store = self.open();
         assert_eq!(store.exception_count(), 0, "{name}: what is left");

@@ -276,7 +276,7 @@ impl Session<'_> {
     }
 
     fn compare_origin_map(&mut self) -> Result<(), Violation> {
-        let cells = self.world.all_cells();
+        let cells = self.world.cells_of(None);
         let view = nbdsnap_engine::View::Origin;
         let extents = self.volume.map(view, 0, cells.len_bytes(), usize::MAX);
         let extents = extents.map_err(|f| Violation(format!("the origin has no map: {f:?}")))?;
@@ -305,7 +305,7 @@ impl Session<'_> {
                 slot.disk.in_flight()
             )));
         }
-        let cells = self.world.all_cells();
+        let cells = self.world.cells_of(None);
         let found = self.world.origin.content().to_vec();
         let issued = self.world.tick();
         let now = self.world.tick();

@@ -5,7 +5,8 @@ use nbdsnap_engine::{Action, Device, OpId};
 
 use super::Violation;
 use super::ledger::Tally;
-use super::requests::name;
+use super::live::Suspension;
+use super::requests::{Pending, name};
 use super::traffic::Session;
 use super::world::{Phase, World, say};
 use crate::pattern::SECTOR;
@@ -77,6 +78,7 @@ impl Session<'_> {
             };
             self.listen()?;
             let disk = self.disk_index(op.device)?;
+            self.may_begin(disk, &op.action)?;
             self.watch(disk, &op.action);
             let inline = self.world.rng.chance(self.world.plan.inline, 8)
                 && !matches!(self.ambush, Some((_, 0)));
@@ -118,6 +120,21 @@ impl Session<'_> {
             self.listen()?;
         }
         Err(Violation("the engine never runs out of operations".into()))
+    }
+
+    /// Whether the volume may begin anything there.
+    fn may_begin(&self, disk: usize, action: &Action) -> Result<(), Violation> {
+        let removed = disk
+            .checked_sub(1)
+            .is_some_and(|index| self.world.slots[index].phase == Phase::Removing);
+        if removed || self.suspension == Suspension::Suspended {
+            let why = if removed { "removed" } else { "suspended" };
+            return Err(Violation(format!(
+                "disk {disk}: {} begins, though it is {why}",
+                brief(action)
+            )));
+        }
+        Ok(())
     }
 
     /// Whether this is what the crash lies in wait for. From then on nothing ends by itself.
@@ -185,7 +202,8 @@ impl Session<'_> {
         if !self.ops.is_empty() {
             return Ok(());
         }
-        if let Some((id, p)) = self.pending.first_key_value() {
+        let held = self.instants.iter().any(|told| told.held.is_some());
+        if let Some((id, p)) = self.pending.iter().find(|(_, p)| !self.may_wait(p, held)) {
             return Err(Violation(format!(
                 "request {id} ({} {:?}) is stuck: nothing is in flight",
                 name(p.slot),
@@ -197,6 +215,7 @@ impl Session<'_> {
             .slots
             .iter()
             .any(|slot| slot.phase == Phase::Creating)
+            && !held
         {
             return Err(Violation(
                 "a snapshot's creation is stuck: nothing is in flight".into(),
@@ -208,12 +227,37 @@ impl Session<'_> {
         if self.closing && self.closed.is_none() {
             return Err(Violation("closing is stuck: nothing is in flight".into()));
         }
-        if !self.volume.is_idle() {
+        if self
+            .world
+            .slots
+            .iter()
+            .any(|slot| slot.phase == Phase::Removing)
+        {
+            return Err(Violation("a removal is stuck: nothing is in flight".into()));
+        }
+        if self.suspension == Suspension::Asked {
+            return Err(Violation(
+                "suspending is stuck: nothing is in flight".into(),
+            ));
+        }
+        if self.pending.is_empty() && self.instants.is_empty() && !self.volume.is_idle() {
             return Err(Violation(
                 "nothing is in flight, yet the volume is not idle".into(),
             ));
         }
         Ok(())
+    }
+
+    /// Whether a request may go unanswered with nothing in flight: it queues in a
+    /// suspended volume, it is held for an instant, or it waits for room or for a
+    /// write that does. Reads and flushes wait for no room.
+    fn may_wait(&self, p: &Pending, held: bool) -> bool {
+        let paused = match p.slot {
+            None => (0..self.world.slots.len()).any(|index| self.paused(index) > 0),
+            Some(index) => self.paused(index) > 0,
+        };
+        let still = self.suspension == Suspension::Suspended;
+        p.queued || (p.changes() && (still || paused || (held && p.slot.is_none())))
     }
 
     /// Whether a store is growing.

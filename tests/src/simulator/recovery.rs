@@ -135,8 +135,8 @@ impl World {
         checks: Checks,
         steps: Option<u64>,
     ) -> Result<Made, Violation> {
-        let origin_bytes = self.plan.origin_sectors * SECTOR;
         let slot = &mut self.slots[index];
+        let origin_bytes = slot.sectors * SECTOR;
         say!(self, "  open store {index} {access:?}");
         let size = size_of(slot);
         let before = (access == Access::ReadOnly).then(|| slot.disk.digest(0));
@@ -279,11 +279,8 @@ impl World {
             buffer.copy_from_slice(&content[from..from + buffer.len()]);
             Ok::<(), std::convert::Infallible>(())
         };
-        let Ok(findings) = nbdsnap_format::check(
-            read,
-            slot.disk.len(),
-            Some(self.plan.origin_sectors * SECTOR),
-        );
+        let Ok(findings) =
+            nbdsnap_format::check(read, slot.disk.len(), Some(slot.sectors * SECTOR));
         let parsed = store_bytes::exceptions(content, slot.plan.chunk_sectors);
         let count = parsed.map_or(0, |old| old.len() as u64);
         if !findings.can_be_opened() || findings.exceptions != count {

@@ -6,6 +6,7 @@ use nbdsnap_engine::{Action, Command, Device, Extent, Now, Request, RequestId, V
 
 use super::Violation;
 use super::ledger::Tally;
+use super::live::Suspension;
 use super::operations::brief;
 use super::traffic::Session;
 use super::world::{Has, Phase, World, say};
@@ -30,7 +31,12 @@ pub(super) struct Pending {
     /// It was handed in after close.
     pub(super) closing: bool,
     /// Snapshots (a bit a slot) that were taken after it had reached the disk.
-    pub(super) inside: u8,
+    pub(super) inside: u32,
+    /// It was handed in while the volume was suspended or on the way there, and
+    /// queues.
+    pub(super) queued: bool,
+    /// Its snapshot was removed while it queued.
+    pub(super) orphan: bool,
 }
 
 impl Session<'_> {
@@ -41,7 +47,7 @@ impl Session<'_> {
             return None;
         }
         let there: Vec<usize> = (0..world.slots.len())
-            .filter(|&i| world.slots[i].is_attached())
+            .filter(|&i| world.slots[i].is_attached() || world.slots[i].phase == Phase::Removing)
             .collect();
         (!there.is_empty()).then(|| there[world.rng.index(there.len())])
     }
@@ -69,7 +75,7 @@ impl Session<'_> {
         };
         let (offset, len) = (cells.offset(), cells.len_bytes());
         let offset = if past_end {
-            world.plan.origin_sectors * SECTOR - len.min(SECTOR) + 1
+            world.sectors_of(slot) * SECTOR - len.min(SECTOR) + 1
         } else {
             offset
         };
@@ -103,6 +109,8 @@ impl Session<'_> {
             after_failed_flush: self.injected.origin_flush,
             closing: self.closing,
             inside: 0,
+            queued: !self.closing && self.suspension != Suspension::Running,
+            orphan: false,
         };
         self.next_id += 1;
         let id = self.next_id;
@@ -139,13 +147,7 @@ impl Session<'_> {
         if !writes {
             return;
         }
-        let World {
-            slots,
-            ledger,
-            plan,
-            ..
-        } = &mut *self.world;
-        let last = |chunk: u64, sectors: u64| (chunk + 1) * sectors > plan.origin_sectors;
+        let World { slots, ledger, .. } = &mut *self.world;
         for (index, slot) in slots.iter_mut().enumerate() {
             let concerned = match p.slot {
                 None => slot.is_attached() || slot.phase == Phase::Creating,
@@ -154,7 +156,10 @@ impl Session<'_> {
             if !concerned || slot.phase == Phase::Invalid {
                 continue;
             }
-            for chunk in p.cells.chunks(slot.plan.chunk_bytes()) {
+            if p.slot.is_none() && p.cells.offset() + p.cells.len_bytes() > slot.sectors * SECTOR {
+                ledger.count(Tally::BehindSnapshot);
+            }
+            for chunk in slot.chunks(p.cells) {
                 if slot.has[chunk as usize] == Has::No {
                     slot.has[chunk as usize] = Has::Maybe;
                     if p.slot.is_none() {
@@ -162,7 +167,7 @@ impl Session<'_> {
                     } else {
                         slot.volatile.insert(chunk);
                     }
-                    if last(chunk, slot.plan.chunk_sectors) {
+                    if (chunk + 1) * slot.plan.chunk_sectors > slot.sectors {
                         ledger.count(Tally::TailCopy);
                     }
                 }
@@ -240,7 +245,15 @@ impl Session<'_> {
             )));
         }
         let phase = slot.map_or(Phase::Active, |i| self.world.slots[i].phase);
-        if phase == Phase::Invalid || (phase == Phase::Overflowed && ask != Ask::Read) {
+        if self.suspension != Suspension::Running {
+            return Err(Violation(format!(
+                "the fast way of {} is open in a suspended volume",
+                name(slot)
+            )));
+        }
+        if matches!(phase, Phase::Invalid | Phase::Removing)
+            || (phase == Phase::Overflowed && ask != Ask::Read)
+        {
             return Err(Violation(format!(
                 "the fast way of {} is open, though the snapshot is {phase:?}",
                 name(slot)
@@ -288,6 +301,8 @@ impl Session<'_> {
             after_failed_flush: self.injected.origin_flush,
             closing: false,
             inside: 0,
+            queued: false,
+            orphan: false,
         };
         self.note_request(&p);
         let data = Bytes::from(pattern::bytes(stamp, cells));
@@ -348,7 +363,7 @@ impl Session<'_> {
     /// Read a view from end to end, by one way or the other.
     pub(super) fn read_whole(&mut self, slot: Option<usize>) -> Result<Vec<u8>, Violation> {
         let view = self.view_of(slot);
-        let len = self.world.all_cells().len_bytes();
+        let len = self.world.cells_of(slot).len_bytes();
         let mut extents = Vec::new();
         if self.world.rng.chance(1, 2)
             && self.volume.read_now(view, 0, len, &mut extents) == Now::Go

@@ -2,17 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use nbdsnap_engine::{Status, Store, Volume, VolumeConfig};
+use nbdsnap_engine::{SnapshotId, Status, Store, Volume, VolumeConfig};
 
 use super::ledger::Tally;
+use super::live::{Suspension, Told};
 use super::operations::InFlight;
 use super::recovery::Made;
 use super::requests::Pending;
 use super::world::{Phase, World, say};
 use super::{Checks, Violation};
+use crate::model::ViewModel;
 use crate::pattern::SECTOR;
 use crate::store_bytes;
-use crate::workload::{Ambush, Ask};
+use crate::workload::{Ambush, Ask, Plan};
 
 /// Errors that were injected in this process.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,13 +41,18 @@ pub(super) struct Session<'w> {
     pub(super) ops: BTreeMap<u64, InFlight>,
     /// The crash comes after this many more operations of this kind.
     pub(super) ambush: Option<(Ambush, u64)>,
+    pub(super) suspension: Suspension,
+    /// Instants that were begun and not taken, in order.
+    pub(super) instants: Vec<Told>,
+    /// A snapshot was removed in this process.
+    pub(super) removed_any: bool,
 }
 
 impl<'w> Session<'w> {
     /// A volume without snapshots.
     pub(super) fn new(world: &'w mut World, checks: Checks) -> Self {
         let config = VolumeConfig {
-            origin_bytes: world.plan.origin_sectors * SECTOR,
+            origin_bytes: world.origin_sectors * SECTOR,
             copy_memory: world.plan.copy_memory,
             copy_piece: world.plan.copy_piece,
         };
@@ -63,6 +70,9 @@ impl<'w> Session<'w> {
             closed: None,
             ops: BTreeMap::new(),
             ambush: None,
+            suspension: Suspension::Running,
+            instants: Vec::new(),
+            removed_any: false,
         }
     }
 
@@ -74,6 +84,8 @@ impl<'w> Session<'w> {
         let id = self.volume.attach_snapshot(store);
         say!(self.world, "  store {index} is snapshot {}", id.0);
         self.world.slots[index].id = Some(id);
+        self.set_policy(index, self.world.slots[index].plan.on_full);
+        self.rearm(index);
     }
 
     /// Order a snapshot into the store of a slot.
@@ -81,7 +93,14 @@ impl<'w> Session<'w> {
         self.world.ledger.count(Tally::CreateBegun);
         let id = self.volume.create_snapshot(store);
         say!(self.world, "create snapshot {} in store {index}", id.0);
+        self.note_creation(index, id);
+        self.pump()
+    }
+
+    /// A snapshot was ordered.
+    pub(super) fn note_creation(&mut self, index: usize, id: SnapshotId) {
         let now = self.world.tick();
+        let sectors = self.world.origin_sectors;
         let writes = self
             .pending
             .values()
@@ -93,14 +112,20 @@ impl<'w> Session<'w> {
         slot.phase = Phase::Creating;
         slot.traffic_at_creation = writes;
         slot.created_at = now;
-        self.pump()
+        slot.begin_view(ViewModel::new(0, |_| 0), sectors);
+        self.set_policy(index, self.world.slots[index].plan.on_full);
+        self.rearm(index);
     }
 
     /// Traffic until the crash.
     pub(super) fn traffic(&mut self, checks: Checks) -> Result<Option<usize>, Violation> {
         self.world.set_faults(self.world.plan.faults);
         let World {
-            rng, plan, slots, ..
+            rng,
+            plan,
+            slots,
+            origin_sectors,
+            ..
         } = &mut *self.world;
         if rng.chance(plan.ambush, 8) {
             let kind = if rng.chance(plan.tears, 8) {
@@ -120,9 +145,11 @@ impl<'w> Session<'w> {
         }
         let storm = rng
             .chance(plan.storms, 8)
-            .then(|| plan.storm(slots[0].plan.chunk_sectors, rng));
-        if let Some(cells) = storm {
+            .then(|| Plan::storm(*origin_sectors, slots[0].plan.chunk_sectors, rng));
+        if let Some(mut cells) = storm {
             let slot = self.pick_view();
+            cells.to = cells.to.min(self.world.cells_of(slot).to);
+            cells.from = cells.from.min(cells.to);
             self.hand_in(slot, cells, Ask::Write { fua: false })?;
             self.pump()?;
         }
@@ -133,6 +160,11 @@ impl<'w> Session<'w> {
             if self.world.rng.chance(self.world.plan.merges, 64) {
                 self.meddle_with_merge()?;
             }
+            self.live_step()?;
+            let there = self.world.slots.iter().filter(|slot| slot.is_attached());
+            if there.count() == 16 {
+                self.world.ledger.count(Tally::Sixteen);
+            }
             match self.world.rng.below(64) {
                 n if n < pressure => self.burst()?,
                 0..50 => self.end_one()?,
@@ -141,8 +173,8 @@ impl<'w> Session<'w> {
                 59 => self.compare_map()?,
                 60 => self.compare_status()?,
                 61 => {
-                    let cells = self.world.all_cells();
                     let slot = self.pick_view();
+                    let cells = self.world.cells_of(slot);
                     self.hand_in(slot, cells, Ask::Read)?;
                 }
                 _ => {
@@ -158,7 +190,8 @@ impl<'w> Session<'w> {
         Ok(None)
     }
 
-    /// Order a snapshot, if a store is free. The slot, if the power failed while its store was made.
+    /// Order a snapshot, if a store is free, or several at one instant. The slot,
+    /// if the power failed while its store was made.
     fn create_somewhere(&mut self, checks: Checks) -> Result<Option<usize>, Violation> {
         let slots = &self.world.slots;
         let another = slots.iter().any(|slot| slot.phase == Phase::Creating);
@@ -168,36 +201,62 @@ impl<'w> Session<'w> {
         if self.closing || (another && self.world.rng.chance(1, 2)) {
             return Ok(None);
         }
-        let slots = &self.world.slots;
-        let free: Vec<usize> = (0..slots.len())
-            .filter(|&i| slots[i].phase == Phase::Absent)
-            .collect();
-        if free.is_empty() {
+        let together = self.world.plan.live > 0 && self.world.rng.chance(1, 2);
+        let most = if together {
+            self.world.rng.between(1, 4)
+        } else {
+            1
+        };
+        let mut made = Vec::new();
+        while made.len() < most as usize {
+            let slots = &self.world.slots;
+            let free: Vec<usize> = (0..slots.len())
+                .filter(|&i| slots[i].phase == Phase::Absent)
+                .filter(|i| made.iter().all(|(other, _)| other != i))
+                .collect();
+            if free.is_empty() {
+                break;
+            }
+            let index = free[self.world.rng.index(free.len())];
+            match self.make_store(index, checks)? {
+                Some(store) => made.push((index, store)),
+                None => return Ok(Some(index)),
+            }
+        }
+        if another && !made.is_empty() {
+            self.world.ledger.count(Tally::CreatedTogether);
+        }
+        if together && !made.is_empty() {
+            self.begin_instant(made)?;
             return Ok(None);
         }
-        let index = free[self.world.rng.index(free.len())];
+        for (index, store) in made {
+            self.create(index, store)?;
+            if self.world.rng.chance(1, 6) {
+                return self.create_somewhere(checks);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Make the store of a slot; none if the power failed meanwhile.
+    fn make_store(&mut self, index: usize, checks: Checks) -> Result<Option<Store>, Violation> {
+        let sectors = self.world.origin_sectors;
         let slot = &mut self.world.slots[index];
+        slot.sectors = sectors;
         slot.disk
             .set_faults(nbdsnap_engine::disk::sim::Faults::default());
-        slot.was_blank =
-            store_bytes::exceptions(slot.disk.content(), slot.plan.chunk_sectors).is_none();
+        slot.was_blank = !slot.was_removed
+            && store_bytes::exceptions(slot.disk.content(), slot.plan.chunk_sectors).is_none();
         let fails = self.world.crashes_left > 0 && self.world.rng.chance(1, 6);
         let steps = fails.then(|| self.world.rng.below(6));
         match self.world.create_store(index, checks, steps)? {
             Made::Store(store) => {
-                if another {
-                    self.world.ledger.count(Tally::CreatedTogether);
-                }
-                self.world.slots[index]
-                    .disk
-                    .set_faults(self.world.plan.faults);
-                self.create(index, store)?;
-                if self.world.rng.chance(1, 6) {
-                    return self.create_somewhere(checks);
-                }
-                Ok(None)
+                let faults = self.world.plan.faults;
+                self.world.slots[index].disk.set_faults(faults);
+                Ok(Some(store))
             }
-            Made::PowerFailed => Ok(Some(index)),
+            Made::PowerFailed => Ok(None),
             Made::Refused(why) => Err(Violation(format!("store {index} cannot be made: {why}"))),
         }
     }
@@ -213,7 +272,9 @@ impl<'w> Session<'w> {
             let slots = &self.world.slots;
             let grid = slot.unwrap_or_else(|| self.world.rng.index(slots.len()));
             let chunk = self.world.slots[grid].plan.chunk_sectors;
-            let (cells, ask) = self.world.plan.request(chunk, &mut self.world.rng);
+            let sectors = self.world.sectors_of(slot);
+            let World { plan, rng, .. } = &mut *self.world;
+            let (cells, ask) = plan.request(sectors, chunk, rng);
             if !self.around_the_queue(slot, cells, ask)? {
                 self.hand_in(slot, cells, ask)?;
             }
@@ -225,9 +286,10 @@ impl<'w> Session<'w> {
     pub(super) fn close(&mut self) -> Result<(), Violation> {
         say!(self.world, "close");
         self.closing = true;
+        self.suspension = Suspension::Running;
         self.volume.close();
         self.pump()?;
-        let cells = self.world.all_cells();
+        let cells = self.world.cells_of(None);
         for ask in [Ask::Read, Ask::Flush] {
             if self.world.rng.chance(1, 4) {
                 self.hand_in(None, cells, ask)?;

@@ -22,7 +22,7 @@ impl Session<'_> {
     }
 
     /// When the oldest read that is in flight was handed in.
-    fn oldest_read(&self) -> Time {
+    pub(super) fn oldest_read(&self) -> Time {
         self.pending
             .values()
             .filter(|p| p.ask == Ask::Read)
@@ -77,6 +77,11 @@ impl Session<'_> {
         now: Time,
     ) -> Result<(), Violation> {
         let who = format!("request {id} ({} {:?})", name(p.slot), p.ask);
+        if p.orphan || p.queued || p.phase == Phase::Removing {
+            return Err(Violation(format!(
+                "{who} succeeded, though its snapshot was removed or the volume suspended"
+            )));
+        }
         if p.closing || p.past_end {
             return Err(Violation(format!(
                 "{who} succeeded, though it was {}",
@@ -154,7 +159,7 @@ impl Session<'_> {
             if !concerned || p.inside & 1 << index != 0 {
                 continue;
             }
-            for chunk in p.cells.chunks(slot.plan.chunk_bytes()) {
+            for chunk in slot.chunks(p.cells) {
                 let has = &mut slot.has[chunk as usize];
                 if merging {
                     // The write may lie in the merging store.
@@ -195,11 +200,13 @@ impl Session<'_> {
             )));
         };
         self.world.ledger.count(tally);
-        if p.changes() && !p.past_end {
-            let refused = matches!(
-                failure,
-                Failure::NotSupported | Failure::ShuttingDown | Failure::NoSuchView
-            );
+        if p.changes() && !p.past_end && !p.orphan {
+            let refused = match failure {
+                Failure::NotSupported | Failure::NoSuchView => true,
+                // What was paused may have begun.
+                Failure::ShuttingDown => p.closing || p.queued,
+                _ => false,
+            };
             self.end_change(p, now, if refused { End::Refused } else { End::Failed });
         }
         Ok(())
@@ -208,7 +215,12 @@ impl Session<'_> {
     /// The reason there is for a failure, if there is one.
     fn why_failed(&mut self, p: &Pending, failure: Failure) -> Option<Tally> {
         match failure {
-            Failure::ShuttingDown => p.closing.then_some(Tally::RefusedClosing),
+            Failure::ShuttingDown if p.closing => Some(Tally::RefusedClosing),
+            Failure::ShuttingDown if self.closing && p.queued => Some(Tally::QueuedRefused),
+            Failure::ShuttingDown => {
+                let pausing = self.world.slots.iter().any(|slot| slot.on_full.pause);
+                (self.closing && p.changes() && pausing).then_some(Tally::PausedRefused)
+            }
             Failure::PastEnd => (p.past_end && p.changes() && !matches!(p.ask, Ask::Trim { .. }))
                 .then_some(Tally::PastEnd),
             Failure::Invalid => (p.past_end && matches!(p.ask, Ask::Read | Ask::Trim { .. }))
@@ -221,12 +233,26 @@ impl Session<'_> {
                 }
             )
             .then_some(Tally::FastOnlyRefused),
-            // It was handed in while its merge was beginning.
             Failure::NoSuchView => {
-                let held = p.slot.is_some() && p.slot == self.world.merging.map(|m| m.slot);
-                held.then_some(Tally::HeldByMerge)
+                let slot = p.slot.map(|index| &self.world.slots[index]);
+                let removed = slot.is_some_and(|slot| slot.phase == Phase::Removing);
+                // Or it was handed in while its merge was beginning.
+                let merging = p.slot.is_some() && p.slot == self.world.merging.map(|m| m.slot);
+                let removed = (p.orphan || removed).then_some(Tally::RemovedRefused);
+                removed.or_else(|| merging.then_some(Tally::HeldByMerge))
             }
-            Failure::NoSpace => None,
+            Failure::NoSpace => {
+                let refuses = |index: usize| {
+                    let slot = &self.world.slots[index];
+                    slot.on_full.error && (slot.may_be_full() || slot.hurt)
+                };
+                let found = match p.slot {
+                    Some(index) => refuses(index),
+                    // The snapshot that refused may be gone by the time of the answer.
+                    None => (0..self.world.slots.len()).any(refuses) || self.removed_any,
+                };
+                (p.writes() && found).then_some(Tally::NoSpaceRefused)
+            }
             Failure::Io => self.why_io(p),
         }
     }
@@ -257,6 +283,7 @@ impl Session<'_> {
         let full = slot.may_be_full();
         let hurt = slot.hurt || self.world.origin_hurt;
         match status {
+            _ if slot.phase == Phase::Removing => Some(Tally::FailedByRemoval),
             Some(Status::Invalid) if slot.phase == Phase::Invalid => Some(Tally::InvalidRefused),
             Some(Status::Invalid) if hurt => Some(Tally::FailedByError),
             Some(Status::Invalid) if full && p.writes() && p.phase == Phase::Active => {
@@ -274,9 +301,8 @@ impl Session<'_> {
             Event::Created(id) => self.on_created(id),
             Event::CreateFailed(id) => {
                 let index = self.known(id)?;
-                if self.world.slots[index].phase != Phase::Creating
-                    || !(self.world.origin_hurt || self.injected.origin_flush)
-                {
+                let hurt = self.world.origin_hurt || self.injected.origin_flush;
+                if self.world.slots[index].phase != Phase::Creating || !(hurt || self.closing) {
                     return Err(Violation(format!("{event:?} for no reason")));
                 }
                 self.world.slots[index].clear();
@@ -289,7 +315,14 @@ impl Session<'_> {
                 let index = self.known(id)?;
                 let slot = &mut self.world.slots[index];
                 let po = slot.plan.kind == nbdsnap_engine::StoreKind::PersistentOverflow;
-                if !po || slot.phase != Phase::Active || !(slot.may_be_full() || slot.hurt) {
+                if slot.phase == Phase::Removing {
+                    return Ok(());
+                }
+                if !po
+                    || !slot.on_full.invalidate
+                    || slot.phase != Phase::Active
+                    || !(slot.may_be_full() || slot.hurt)
+                {
                     return Err(Violation(format!("store {index}: {event:?} for no reason")));
                 }
                 slot.phase = Phase::Overflowed;
@@ -299,12 +332,12 @@ impl Session<'_> {
             Event::MergeBegun(id) => self.on_merge_begun(id),
             Event::Merged(id) => self.on_merged(id),
             Event::MergeFailed(id, why) => self.on_merge_failed(id, why),
-            Event::Filling(..) => Ok(()),
-            Event::Held(_)
-            | Event::InstantFailed(_)
-            | Event::Removed(_)
-            | Event::Full(_)
-            | Event::Suspended(_) => Err(Violation(format!("{event:?}, which nobody asked for"))),
+            Event::Filling(id, percent) => self.on_filling(id, percent),
+            Event::Full(id) => self.on_full(id),
+            Event::Held(id) => self.on_held(id),
+            Event::InstantFailed(id) => self.on_instant_failed(id),
+            Event::Removed(id) => self.on_removed(id),
+            Event::Suspended(durable) => self.on_suspended(durable),
             Event::Closed(well) => {
                 if !self.closing || self.closed.is_some() || !self.pending.is_empty() {
                     return Err(Violation(
@@ -327,7 +360,7 @@ impl Session<'_> {
         }
     }
 
-    fn known(&self, id: SnapshotId) -> Result<usize, Violation> {
+    pub(super) fn known(&self, id: SnapshotId) -> Result<usize, Violation> {
         self.world
             .slot_of(id)
             .ok_or_else(|| Violation(format!("an event about {id:?}, which does not exist")))
@@ -346,6 +379,10 @@ impl Session<'_> {
             }
         };
         let mut writes = Vec::new();
+        let mut torn = 0;
+        let pausing = self.world.slots.iter().any(|slot| slot.on_full.pause);
+        let window = self.world.plan.window;
+        let torn_by_pause = |p: &Pending| pausing && p.cells.len_bytes() > window;
         for (request, p) in &mut self
             .pending
             .iter_mut()
@@ -362,8 +399,16 @@ impl Session<'_> {
                 .model
                 .part_in(&frozen, p.cells, p.stamp, p.issued)
             {
-                Part::Nothing => writes.push((p.cells, p.issued)),
+                Part::Nothing => {
+                    p.inside &= !(1 << index);
+                    writes.push((p.cells, p.issued));
+                }
                 Part::All => p.inside |= 1 << index,
+                Part::Torn if torn_by_pause(p) => {
+                    torn += 1;
+                    p.inside |= 1 << index;
+                    writes.push((p.cells, p.issued));
+                }
                 Part::Torn => {
                     return Err(Violation(format!(
                         "the snapshot in store {index} shows a part of request {request}"
@@ -371,14 +416,21 @@ impl Session<'_> {
                 }
             }
         }
-        let World { slots, ledger, .. } = &mut *self.world;
+        let World {
+            slots,
+            ledger,
+            origin_sectors,
+            ..
+        } = &mut *self.world;
         let slot = &mut slots[index];
         if slot.phase != Phase::Creating {
             return Err(Violation(format!("store {index} is created twice")));
         }
-        slot.view = frozen;
+        slot.begin_view(frozen, *origin_sectors);
         slot.phase = Phase::Active;
-        slot.has.fill(Has::No);
+        for _ in 0..torn {
+            ledger.count(Tally::TornByPause);
+        }
         let held = writes
             .iter()
             .filter(|(_, issued)| *issued > slot.created_at)
@@ -400,7 +452,7 @@ impl Session<'_> {
             ledger.count(Tally::TransientCreated);
         }
         for (cells, _) in writes {
-            for chunk in cells.chunks(slot.plan.chunk_bytes()) {
+            for chunk in slot.chunks(cells) {
                 slot.has[chunk as usize] = Has::Maybe;
             }
         }
@@ -421,8 +473,12 @@ impl Session<'_> {
         } = &mut *self.world;
         let slot = &mut slots[index];
         let hurt = slot.hurt || *origin_hurt;
+        if slot.phase == Phase::Removing {
+            // It was said before the removal, and is heard after it.
+            return Ok(());
+        }
         if !matches!(slot.phase, Phase::Active | Phase::Overflowed)
-            || !(hurt || slot.may_be_full())
+            || !(hurt || (slot.may_be_full() && slot.on_full.invalidate))
             || (unmarked && !slot.hurt)
         {
             return Err(Violation(format!(
@@ -449,7 +505,8 @@ impl Session<'_> {
             let status = self.status(index);
             let slot = &self.world.slots[index];
             let wrong = match (slot.phase, status) {
-                (Phase::Absent, None)
+                (Phase::Absent | Phase::Removing, None)
+                | (Phase::Creating, Some(Status::Active { .. }))
                 | (Phase::Invalid, Some(Status::Invalid))
                 | (Phase::Overflowed, Some(Status::Overflow)) => false,
                 (
@@ -512,7 +569,7 @@ impl Session<'_> {
                     _ => continue,
                 },
             };
-            let cells = self.world.all_cells();
+            let cells = self.world.cells_of(slot);
             let extents = match self.volume.map(view, 0, cells.len_bytes(), usize::MAX) {
                 Ok(extents) => extents,
                 Err(failure) => {

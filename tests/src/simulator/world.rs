@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use nbdsnap_engine::SnapshotId;
 use nbdsnap_engine::disk::sim::{Faults, Loss, Rng, SimDisk};
+use nbdsnap_engine::{OnFull, SnapshotId};
 
 use super::Violation;
 use super::ledger::{Ledger, Tally};
@@ -39,6 +39,36 @@ pub(super) enum Phase {
     Invalid,
     /// No snapshot any more, but a part of the origin, which is being merged.
     Merging,
+    /// A snapshot that was removed: the store is no snapshot of this origin any
+    /// more, whatever happens.
+    Removing,
+}
+
+/// What a full store has meant since the snapshot was attached.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct FullPolicy {
+    pub(super) invalidate: bool,
+    pub(super) pause: bool,
+    pub(super) error: bool,
+    /// It may have been full before it was extended.
+    pub(super) was_full: bool,
+    /// It was said to be full since it was extended last.
+    pub(super) said: bool,
+}
+
+impl FullPolicy {
+    pub(super) fn note(&mut self, policy: OnFull) {
+        match policy {
+            OnFull::Invalidate => self.invalidate = true,
+            OnFull::Pause => self.pause = true,
+            OnFull::Error => self.error = true,
+        }
+    }
+
+    pub(super) fn extended(&mut self, was_full: bool) {
+        self.was_full |= was_full;
+        self.said = false;
+    }
 }
 
 /// Whether a chunk has an exception.
@@ -58,6 +88,11 @@ pub(super) struct Slot {
     /// Its name in the volume of this process.
     pub(super) id: Option<SnapshotId>,
     pub(super) view: ViewModel,
+    /// Sectors of the view; before the instant, those of the origin at the order.
+    pub(super) sectors: u64,
+    pub(super) on_full: FullPolicy,
+    /// The mark that was said last, in percent.
+    pub(super) filling: u8,
     /// One a chunk of the origin.
     pub(super) has: Vec<Has>,
     /// Chunks whose exceptions came from the snapshot's own writes and were not flushed since.
@@ -77,6 +112,9 @@ pub(super) struct Slot {
     pub(super) lossy: bool,
     /// No store was on the disk before one was made there.
     pub(super) was_blank: bool,
+    /// It was left as it is by a removed snapshot: a power cut may bring back what
+    /// it held.
+    pub(super) was_removed: bool,
 }
 
 impl Slot {
@@ -88,6 +126,9 @@ impl Slot {
             phase: Phase::Absent,
             id: None,
             view: ViewModel::new(0, |_| 0),
+            sectors: origin_sectors,
+            on_full: FullPolicy::default(),
+            filling: 0,
             has: vec![Has::No; chunks as usize],
             volatile: BTreeSet::new(),
             hurt: false,
@@ -98,6 +139,7 @@ impl Slot {
             traffic_at_creation: 0,
             lossy: false,
             was_blank: false,
+            was_removed: false,
         }
     }
 
@@ -115,9 +157,27 @@ impl Slot {
         (yes, yes + maybe)
     }
 
+    /// The chunks of the snapshot that `cells` of the origin or of it touch.
+    pub(super) fn chunks(&self, cells: Cells) -> std::ops::Range<u64> {
+        let end = self.sectors as usize * CELLS;
+        let own = Cells {
+            from: cells.from.min(end),
+            to: cells.to.min(end),
+        };
+        own.chunks(self.plan.chunk_bytes())
+    }
+
+    /// It has become the snapshot of an origin of `sectors`, with no exceptions.
+    pub(super) fn begin_view(&mut self, view: ViewModel, sectors: u64) {
+        self.view = view;
+        self.sectors = sectors;
+        let chunks = sectors.div_ceil(self.plan.chunk_sectors);
+        self.has = vec![Has::No; chunks as usize];
+    }
+
     /// Whether more exceptions may have been wanted than fit.
     pub(super) fn may_be_full(&self) -> bool {
-        self.exceptions().1 > self.plan.capacity()
+        self.on_full.was_full || self.exceptions().1 > self.plan.capacity()
     }
 
     /// Take the exceptions from the store's bytes, as a crash left them.
@@ -144,6 +204,8 @@ impl Slot {
         self.may_be_invalid = false;
         self.doomed = false;
         self.counted = 0;
+        self.on_full = FullPolicy::default();
+        self.filling = 0;
     }
 }
 
@@ -153,6 +215,8 @@ pub(super) struct World {
     pub(super) plan: Plan,
     pub(super) origin: SimDisk,
     pub(super) model: ViewModel,
+    /// Sectors of the origin: it grows.
+    pub(super) origin_sectors: u64,
     pub(super) slots: Vec<Slot>,
     /// The durable mark of a merge.
     pub(super) merging: Option<Merging>,
@@ -186,6 +250,7 @@ impl World {
         let mut world = Self {
             origin: SimDisk::new(content),
             model: ViewModel::new(sectors as usize * CELLS, |_| 1),
+            origin_sectors: sectors,
             slots: Vec::new(),
             merging: None,
             clock: 1,
@@ -263,8 +328,17 @@ impl World {
         self.stamp
     }
 
-    pub(super) fn all_cells(&self) -> Cells {
-        self.model.all()
+    /// Sectors of a view.
+    pub(super) fn sectors_of(&self, slot: Option<usize>) -> u64 {
+        slot.map_or(self.origin_sectors, |index| self.slots[index].sectors)
+    }
+
+    /// All of a view.
+    pub(super) fn cells_of(&self, slot: Option<usize>) -> Cells {
+        Cells {
+            from: 0,
+            to: self.sectors_of(slot) as usize * CELLS,
+        }
     }
 
     pub(super) fn slot_of(&self, id: SnapshotId) -> Option<usize> {
@@ -286,8 +360,16 @@ impl World {
             if slot.id.is_none() {
                 continue;
             }
+            if slot.phase == Phase::Removing {
+                slot.clear();
+                slot.was_removed = true;
+                self.ledger.count(Tally::RemovalCutOff);
+                continue;
+            }
+            let full = slot.on_full.invalidate && slot.may_be_full();
             slot.may_be_invalid |=
-                slot.phase == Phase::Invalid || slot.hurt || self.origin_hurt || slot.may_be_full();
+                slot.phase == Phase::Invalid || slot.hurt || self.origin_hurt || full;
+            slot.on_full = FullPolicy::default();
             slot.lossy = slot.hurt;
             slot.hurt = false;
             if slot.plan.is_persistent() {

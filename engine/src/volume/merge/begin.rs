@@ -4,7 +4,7 @@
 use super::{Merge, MergeError, Merged, Stage};
 use crate::disk::{Action, Device};
 use crate::request::{Command, Request, SnapshotId, View};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, State};
 use crate::store::{Commit, Store, StoreKind, Unwind};
 use crate::volume::active::Doing;
 use crate::volume::lifecycle::Phase;
@@ -60,7 +60,7 @@ impl Volume {
         if self.merge.is_some() {
             return self.take_merge_up_again(id);
         }
-        let snapshot = self.snapshot(id).filter(|s| s.is_there());
+        let snapshot = self.snapshot(id).filter(|s| s.state != State::Removing);
         let snapshot = snapshot.ok_or(MergeError::NoSuchSnapshot)?;
         if snapshot.kind == StoreKind::Transient {
             return Err(MergeError::Transient);

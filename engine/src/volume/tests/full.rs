@@ -130,8 +130,9 @@ fn a_file_grows_again_once_it_is_extended() {
 
 #[test]
 fn whatever_ends_a_pause_ends_it() {
-    type End = fn(&mut Rig);
-    let ends: [(End, Result<(), Failure>, Result<(), Failure>); 4] = [
+    type Answer = Result<(), Failure>;
+    type End = (fn(&mut Rig), Answer, Answer);
+    let ends: [End; 4] = [
         (
             |rig| rig.volume.remove_snapshot(FIRST),
             Ok(()),

@@ -172,7 +172,10 @@ fn a_suspended_merge_reads_as_the_snapshot_and_copies_nothing() {
     let progress = rig.volume.merge_progress().unwrap();
     assert_eq!((progress.left_chunks, progress.total_chunks), (2, 2));
     assert_eq!(rig.devices[0].0[3 * 1024], 1, "the origin's device");
-    assert_eq!(rig.read_all(View::Origin).unwrap(), [7; ORIGIN as usize]);
+    assert_eq!(
+        rig.read_all(View::Origin).unwrap(),
+        vec![7; ORIGIN as usize]
+    );
     // Mapped chunks are written in the store, the others in the origin.
     rig.write_bytes(View::Origin, 3 * 1024 + 5, 2, 2000);
     rig.settle();
@@ -241,13 +244,16 @@ fn a_merge_stops_at_a_close_and_goes_on_when_it_is_attached() {
         "6/120 4",
         "one exception: two chunks of metadata and one of data"
     );
-    assert_eq!(rig.read_all(View::Origin).unwrap(), [7; ORIGIN as usize]);
+    assert_eq!(
+        rig.read_all(View::Origin).unwrap(),
+        vec![7; ORIGIN as usize]
+    );
     rig.settle();
     assert_eq!(rig.told(), [Event::Merged(SECOND)]);
-    assert!(rig.devices[0].0 == [7; ORIGIN as usize]);
+    assert!(rig.devices[0].0 == vec![7; ORIGIN as usize]);
     assert_eq!(
         rig.read_all(view_of(1)).unwrap(),
-        [7; ORIGIN as usize],
+        vec![7; ORIGIN as usize],
         "the other snapshot"
     );
 }
@@ -406,7 +412,7 @@ fn a_merge_waits_for_room_in_another_snapshots_store() {
         for (chunk, byte) in [(3, 1), (6, 2), (9, 1), (12, 1)] {
             assert_eq!(rig.devices[0].0[chunk * 1024], byte);
         }
-        assert_eq!(rig.read_all(view_of(2)).unwrap(), [7; ORIGIN as usize]);
+        assert_eq!(rig.read_all(view_of(2)).unwrap(), vec![7; ORIGIN as usize]);
     }
 }
 
