@@ -1,0 +1,256 @@
+//! A disk that is rolled back goes on being rolled back after a kill, with a state
+//! folder and without one, whether or not anybody names the snapshot; its clients
+//! never see anything but the snapshot and what they wrote since, and the other
+//! snapshots of the disk see nothing of it at all.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nbdsnap_tests::harness::files::{folder, random_file};
+use nbdsnap_tests::harness::live::{attach, contents, done, names};
+use nbdsnap_tests::harness::process::{Running, wait_until};
+use nbdsnap_tests::harness::random::{Random, long_run, seed};
+use nbdsnap_tests::harness::server::{Serve, Server};
+
+const MIB: usize = 1 << 20;
+const DISK: usize = 8 * MIB;
+const BLOCK: usize = 4096;
+
+/// How a server comes by what it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// From its state folder, and nothing else.
+    State,
+    /// From its command line, which names the disk and the sibling, but not the
+    /// snapshot that is merged.
+    Lists,
+}
+
+struct Scene {
+    folder: tempfile::TempDir,
+    memory: Memory,
+    random: Random,
+    /// What the disk reads as.
+    disk: Vec<u8>,
+}
+
+impl Scene {
+    fn new(test: &str, memory: Memory) -> Self {
+        let mut random = Random::new(seed(test));
+        let folder = folder();
+        let disk = random_file(&folder.path().join("vm.img"), DISK, &mut random);
+        Self {
+            folder,
+            memory,
+            random,
+            disk,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn serve(&self) -> Serve {
+        let mut serve = Serve::on_socket_in(self.folder.path());
+        serve.control_in(self.folder.path());
+        serve
+    }
+
+    fn first_start(&self) -> Server {
+        let mut serve = self.serve();
+        serve.disk("vm", &self.path("vm.img"));
+        if self.memory == Memory::State {
+            serve.state(&self.path("state"), 0);
+        }
+        serve.start()
+    }
+
+    /// After a kill: the disk and its sibling are served.
+    fn start_again(&self) -> Server {
+        let mut serve = self.serve();
+        match self.memory {
+            Memory::State => serve.state(&self.path("state"), 2),
+            Memory::Lists => serve.disk("vm", &self.path("vm.img")).snapshot(
+                "vm@sibling",
+                &self.path("vm.img.sibling.cow"),
+                "",
+            ),
+        };
+        serve.start()
+    }
+
+    /// Write random blocks, and know them.
+    fn write_some(&mut self, server: &Server, blocks: usize) {
+        let mut client = attach(server, "vm");
+        for _ in 0..blocks {
+            let at = self.random.below((DISK / BLOCK) as u64) as usize * BLOCK;
+            let bytes = self.random.bytes(BLOCK);
+            client.write(at as u64, &bytes, false).expect("a write");
+            self.disk[at..at + BLOCK].copy_from_slice(&bytes);
+        }
+        client.disconnect().expect("a farewell");
+    }
+}
+
+/// The state of a snapshot, if there is one of this name.
+fn state_of(server: &Server, name: &str) -> Option<String> {
+    let listed = done(server, &["snapshot", "list"]);
+    let mut list = listed.as_array().expect("a list").iter();
+    let state = &list.find(|one| one["name"] == name)?["state"];
+    Some(state.as_str().expect("a word").to_owned())
+}
+
+fn gone(path: &Path) {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
+        _ => {}
+    }
+}
+
+/// So many rounds: snapshots, writes, a rollback, a kill somewhere in it, writes
+/// under the rollback that goes on, its end.
+fn kills(test: &str, memory: Memory, rounds: usize) {
+    let mut scene = Scene::new(test, memory);
+    let mut server = scene.first_start();
+    let (mut resumed, mut before, mut after) = (0, 0, 0);
+    for round in 0..rounds {
+        let then = scene.disk.clone();
+        done(&server, &["snapshot", "create", "vm@then", "--chunk", "4K"]);
+        scene.write_some(&server, 300);
+        let sibling = scene.disk.clone();
+        done(
+            &server,
+            &["snapshot", "create", "vm@sibling", "--chunk", "16K"],
+        );
+        scene.write_some(&server, 300);
+
+        let words = ["snapshot", "merge", "vm@then", "--background"];
+        let begun = Instant::now();
+        let mut order = Running::start(&mut server.order_command(words));
+        if scene.random.one_in(3) {
+            std::thread::sleep(Duration::from_micros(scene.random.below(20_000)));
+        } else {
+            wait_until("the order is answered", || !order.is_running());
+            let more = scene.random.below(begun.elapsed().as_micros() as u64);
+            std::thread::sleep(Duration::from_micros(more));
+        }
+        server.kill();
+        let answered = order.finish().code == Some(0);
+
+        // A rollback that was never recorded has left the snapshot where it was:
+        // without a state folder it must then be named.
+        let listed = std::fs::read_to_string(scene.path("vm.img.nbdsnap")).expect("the list");
+        let on_list = !listed.contains("vm.img.then.cow") || listed.contains("\"merging\"");
+        if scene.memory == Memory::Lists && !on_list {
+            let mut serve = scene.serve();
+            serve
+                .disk("vm", &scene.path("vm.img"))
+                .snapshot("vm@then", &scene.path("vm.img.then.cow"), "")
+                .snapshot("vm@sibling", &scene.path("vm.img.sibling.cow"), "");
+            server = serve.start();
+        } else {
+            server = scene.start_again();
+        }
+        let recorded = state_of(&server, "vm@then").is_none_or(|state| state == "merging");
+        assert!(
+            recorded || !answered,
+            "round {round}: an answer without a record"
+        );
+        if recorded {
+            scene.disk.clone_from(&then);
+            let goes_on = state_of(&server, "vm@then").is_some();
+            resumed += usize::from(goes_on);
+            after += usize::from(!goes_on);
+        } else {
+            before += 1;
+            done(&server, &["snapshot", "merge", "vm@then", "--background"]);
+            scene.disk.clone_from(&then);
+        }
+        // From the first instant on, and under whatever is copied behind it.
+        assert!(
+            contents(&server, "vm") == scene.disk,
+            "round {round}: the disk"
+        );
+        scene.write_some(&server, 50);
+        assert!(
+            contents(&server, "vm@sibling") == sibling,
+            "round {round}: the sibling"
+        );
+        wait_until("the rollback is done", || {
+            names(&done(&server, &["snapshot", "list"])) == ["vm@sibling"]
+        });
+        assert!(
+            contents(&server, "vm") == scene.disk,
+            "round {round}: the disk, at the end"
+        );
+        assert!(
+            contents(&server, "vm@sibling") == sibling,
+            "round {round}: the sibling, at the end"
+        );
+        done(
+            &server,
+            &["snapshot", "remove", "vm@sibling", "--delete-cow"],
+        );
+        gone(&scene.path("vm.img.then.cow"));
+    }
+    println!("{test}: {resumed} went on, {after} were done, {before} had not begun");
+    assert!(resumed > 0, "no kill fell into a rollback");
+    server.stop();
+    let on_disk = std::fs::read(scene.path("vm.img")).expect("the disk");
+    assert!(on_disk == scene.disk, "the disk by itself");
+}
+
+fn rounds() -> usize {
+    if long_run().is_some() { 100 } else { 8 }
+}
+
+#[test]
+fn a_rollback_goes_on_after_a_kill_by_the_state_folder() {
+    kills("rollback_state", Memory::State, rounds());
+}
+
+#[test]
+fn a_rollback_goes_on_after_a_kill_by_the_disks_own_list() {
+    kills("rollback_lists", Memory::Lists, rounds());
+}
+
+#[test]
+fn a_disk_in_the_middle_of_a_rollback_is_served_whole_or_not_at_all() {
+    let mut scene = Scene::new("rollback_whole", Memory::Lists);
+    let mut server = scene.first_start();
+    let then = scene.disk.clone();
+    let mut left = 50;
+    // A kill that leaves something to be done; a fast machine needs a few tries.
+    loop {
+        done(&server, &["snapshot", "create", "vm@then", "--chunk", "4K"]);
+        scene.write_some(&server, 2000);
+        done(&server, &["snapshot", "merge", "vm@then", "--background"]);
+        server.kill();
+        let list = std::fs::read_to_string(scene.path("vm.img.nbdsnap")).unwrap_or_default();
+        if list.contains("\"merging\"") {
+            break;
+        }
+        left -= 1;
+        assert!(left > 0, "every rollback was done before the kill");
+        gone(&scene.path("vm.img.then.cow"));
+        server = scene.first_start();
+        scene.disk.clone_from(&then);
+    }
+    let refused = |serve: &mut Serve, word: &str| {
+        let ended = serve.run_to_end().failed();
+        assert!(ended.stderr.contains(word), "no '{word}': {}", ended.stderr);
+    };
+    let mut disk = scene.serve();
+    disk.disk("vm", &scene.path("vm.img"));
+    refused(disk.clone().read_only(), "rolled back");
+    std::fs::rename(scene.path("vm.img.then.cow"), scene.path("away")).expect("a file moves");
+    refused(&mut disk, "vm.img.then.cow");
+    let mut without = disk.clone();
+    without.arg("--without").arg(scene.path("vm.img.then.cow"));
+    refused(&mut without, "vm.img.then.cow");
+    std::fs::rename(scene.path("away"), scene.path("vm.img.then.cow")).expect("a file moves");
+    let server = disk.start();
+    assert!(contents(&server, "vm") == then);
+    server.stop();
+}
