@@ -443,3 +443,63 @@ fn the_program_makes_its_own_pages() {
     let refused = nbdsnap(&["man", "nowhere"]);
     nbdsnap_tests::harness::live::one_line(&refused, 1);
 }
+
+#[test]
+fn a_snapshot_is_taken_anew_in_its_place() {
+    let scene = Scene::new("reset", &["disk"]);
+    let cow = scene.path("disk.img.s.cow");
+    let words = [
+        "snapshot", "create", "disk@s", "--chunk", "4K", "--size", "64K",
+    ];
+    scene.done(&words);
+    scene.done(&["snapshot", "create", "disk@other"]);
+    let mut origin = attach(&scene.server, "disk");
+    // More than its store holds: it is lost. So it can be taken anew under clients
+    // of the disk, who stay; its own would have to go.
+    origin.write(0, &vec![1; 256 << 10], false).unwrap();
+    let state = |scene: &Scene| scene.done(&["snapshot", "list", "disk@s"])[0]["state"].clone();
+    assert_eq!(state(&scene), "invalid");
+    let reader = attach(&scene.server, "disk@s");
+    let line =
+        nbdsnap_tests::harness::live::refused(&scene.server, &["snapshot", "reset", "disk@s"]);
+    assert!(line.contains("clients attached (1)"), "{line}");
+    assert_eq!(state(&scene), "invalid");
+    reader.disconnect().unwrap();
+    wait_until("it has gone", || {
+        scene.done(&["snapshot", "list", "disk@s"])[0]["clients"] == 0
+    });
+
+    let mut then = scene.before[0].clone();
+    then[..256 << 10].fill(1);
+    let anew = scene.done(&["snapshot", "reset", "disk@s"]);
+    assert_eq!(names(&anew), ["disk@s"]);
+    assert_eq!(anew[0]["state"], "active");
+    assert_eq!(anew[0]["chunk_bytes"], 4096);
+    assert_eq!(anew[0]["cow"], cow.to_str().unwrap());
+    origin.write(8192, &[2; 4096], false).unwrap();
+    assert!(contents(&scene.server, "disk@s") == then);
+    assert!(contents(&scene.server, "disk@other") == scene.before[0]);
+    let left: Vec<_> = std::fs::read_dir(scene.folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains(".s.cow"))
+        .collect();
+    assert_eq!(
+        left,
+        ["disk.img.s.cow"],
+        "the old store is gone, and nothing else is left"
+    );
+    assert!(scene.events().contains(&"reset disk@s".to_owned()));
+    // Its store is the one that a restart finds.
+    drop(origin);
+    let mut serve = Serve::on_socket_in(scene.folder.path());
+    serve.control_in(scene.folder.path());
+    serve
+        .disk("disk", &scene.path("disk.img"))
+        .snapshot("disk@s", &cow, "")
+        .snapshot("disk@other", &scene.path("disk.img.other.cow"), "");
+    scene.server.stop();
+    let server = serve.start();
+    assert!(contents(&server, "disk@s") == then);
+    assert!(contents(&server, "disk@other") == scene.before[0]);
+}

@@ -16,7 +16,8 @@ use super::size;
 use crate::control::client::ControlClient;
 use crate::control::protocol::{
     Answer, Growth, Kind, Order, Selection, SnapshotCreate, SnapshotExtend, SnapshotName,
-    SnapshotRemove, SnapshotRename, SnapshotReport, SnapshotState, StoreLimit, WhenFull,
+    SnapshotRemove, SnapshotRename, SnapshotReport, SnapshotReset, SnapshotState, StoreLimit,
+    WhenFull,
 };
 
 /// Take, look after and end snapshots of a running server's disks.
@@ -38,6 +39,7 @@ enum SnapshotVerb {
     Status(SelectArgs),
     Remove(RemoveArgs),
     Rename(RenameArgs),
+    Reset(ResetArgs),
     Extend(ExtendArgs),
     Merge(MergeArgs),
     Cancel(CancelArgs),
@@ -149,6 +151,18 @@ struct RenameArgs {
     name: String,
 }
 
+/// Take a snapshot anew: the same name, store and settings, and the disk as it is
+/// now. What the snapshot showed is gone. One that is lost is good again.
+#[derive(Debug, Args)]
+struct ResetArgs {
+    /// The snapshot.
+    #[arg(value_name = "VOLUME@NAME", value_parser = parse_snapshot)]
+    snapshot: SnapshotName,
+    /// Even while clients are attached to it: they are dropped.
+    #[arg(long)]
+    force: bool,
+}
+
 /// The verb.
 pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
     let SnapshotArgs { verb, server } = args;
@@ -193,6 +207,13 @@ pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
             show(&server, &reports, |one| {
                 let limit = rough_size(one.limit_bytes);
                 format!("{}: its store may grow to {limit}\n", one.name)
+            })
+        }
+        SnapshotVerb::Reset(ResetArgs { snapshot, force }) => {
+            let order = Order::SnapshotReset(SnapshotReset { snapshot, force });
+            let reports = ask(&server, order)?;
+            show(&server, &reports, |one| {
+                format!("{}: taken anew\n", one.name)
             })
         }
         SnapshotVerb::Merge(args) => merge::run(&server, args),

@@ -70,6 +70,8 @@ pub enum Order {
     SnapshotCancel(SnapshotCancel),
     /// Give a snapshot another name. Answer: [`Answer::Snapshots`].
     SnapshotRename(SnapshotRename),
+    /// Take a snapshot anew, with the same name, store and settings.
+    SnapshotReset(SnapshotReset),
     /// Tell of volumes. Answer: [`Answer::Volumes`].
     VolumeList,
     /// Serve one more disk. Answer: [`Answer::Volumes`].
@@ -119,6 +121,17 @@ pub enum MergeClients {
 pub struct SnapshotCancel {
     /// Which.
     pub snapshot: SnapshotName,
+}
+
+/// Take a snapshot anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotReset {
+    /// Which.
+    pub snapshot: SnapshotName,
+    /// Even while clients are attached to it: they are dropped.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Give a snapshot another name.

@@ -176,6 +176,8 @@ pub enum EventKind {
     Removed,
     /// A snapshot has another name.
     Renamed,
+    /// A snapshot was taken anew.
+    Reset,
     /// A snapshot's store is full: it can be read, but not written.
     Overflow,
     /// 50, 80 or 95 percent of a store are used.
@@ -221,6 +223,7 @@ impl EventKind {
             Self::Created => "created",
             Self::Removed => "removed",
             Self::Renamed => "renamed",
+            Self::Reset => "reset",
             Self::Overflow => "overflow",
             Self::Filling => "filling",
             Self::Full => "full",

@@ -188,7 +188,7 @@ impl SnapshotEntry {
 #[derive(Debug)]
 pub(super) struct SnapshotFacts {
     name: String,
-    cow: PathBuf,
+    pub(super) cow: PathBuf,
     cow_is_block_device: bool,
     cow_inode: Option<(u64, u64)>,
     kind: StoreKind,

@@ -24,19 +24,19 @@ use crate::state::keeper::Change;
 const HOLD: Duration = Duration::from_secs(30);
 
 /// The part of a group that one volume has.
-struct Part {
-    shard: usize,
-    volume: VolumeId,
-    name: String,
-    snapshots: Vec<NewSnapshot>,
-    facts: Vec<SnapshotFacts>,
+pub(super) struct Part {
+    pub(super) shard: usize,
+    pub(super) volume: VolumeId,
+    pub(super) name: String,
+    pub(super) snapshots: Vec<NewSnapshot>,
+    pub(super) facts: Vec<SnapshotFacts>,
 }
 
 /// A volume that is held.
-struct HeldPart {
-    name: String,
-    ids: Vec<SnapshotId>,
-    facts: Vec<SnapshotFacts>,
+pub(super) struct HeldPart {
+    pub(super) name: String,
+    pub(super) ids: Vec<SnapshotId>,
+    pub(super) facts: Vec<SnapshotFacts>,
 }
 
 impl Administrator {
@@ -68,7 +68,8 @@ impl Administrator {
             }
         };
         let parts = self.parts(create, made.snapshots);
-        match self.take_all(parts, &mut change) {
+        let commit = |this: &mut Self| Ok(this.keeper.commit(&mut change)?);
+        match self.take_all(parts, commit) {
             Ok(held) => {
                 made.deed.keep();
                 log_notes(&made.notes);
@@ -215,10 +216,10 @@ impl Administrator {
     }
 
     /// Hold all, commit, take all; or leave all as they were.
-    fn take_all(
+    pub(super) fn take_all(
         &mut self,
         parts: Vec<Part>,
-        change: &mut Change,
+        commit: impl FnOnce(&mut Self) -> Result<(), Refused>,
     ) -> Result<Vec<HeldPart>, Refused> {
         let until = Instant::now() + HOLD;
         let places: Vec<(usize, VolumeId)> =
@@ -246,7 +247,7 @@ impl Administrator {
             }
         }
         if failed.is_none() {
-            failed = self.keeper.commit(change).err().map(Refused::from);
+            failed = commit(self).err();
         }
         if let Some(refused) = failed {
             self.abandon(&places);

@@ -10,6 +10,7 @@ mod refusal;
 mod remove;
 mod rename;
 mod report;
+mod reset;
 mod resize;
 mod suspend;
 mod volumes;
@@ -212,6 +213,7 @@ impl Administrator {
             Order::SnapshotMerge(merge) => self.merge(&merge),
             Order::SnapshotCancel(cancel) => self.cancel(&cancel),
             Order::SnapshotRename(rename) => self.rename(&rename),
+            Order::SnapshotReset(reset) => self.reset(&reset),
             Order::VolumeList => self.report_volumes(&|_| true),
             Order::VolumeAdd(add) => self.add_volume(&add),
             Order::VolumeRemove(remove) => self.remove_volume(&remove),

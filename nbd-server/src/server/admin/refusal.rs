@@ -111,6 +111,16 @@ pub(super) enum Refused {
         "the snapshot {0} could not be taken, and the volume is not served: its disk or its store's failed; see the server's log"
     )]
     NotTaken(String),
+    #[error(
+        "{0}: its store is a block device, beside which no new one can be made: remove the snapshot and create it anew"
+    )]
+    ResetDevice(SnapshotName),
+    #[error(
+        "{0} has clients attached ({1}), who would be dropped: detach them first, or use --force"
+    )]
+    ResetInUse(SnapshotName, u64),
+    #[error("{0} stays as it is: its new store cannot take the old one's place: {1}")]
+    NotExchanged(SnapshotName, String),
     #[error("the server is stopping")]
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]

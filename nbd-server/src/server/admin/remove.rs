@@ -17,7 +17,7 @@ use crate::state::keeper::Change;
 use crate::state::record::State;
 
 /// Operations on a store that is given up end within this time.
-const LEAVE: Duration = Duration::from_secs(30);
+pub(super) const LEAVE: Duration = Duration::from_secs(30);
 
 impl Administrator {
     pub(super) fn remove(&mut self, remove: &SnapshotRemove) -> Result<Answer, Refused> {

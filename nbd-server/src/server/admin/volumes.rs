@@ -212,7 +212,10 @@ impl Administrator {
         self.count_clients(|client| client.volume == volume && client.view == View::Origin)
     }
 
-    fn count_clients(&self, counts: impl Fn(&ClientStatus) -> bool) -> Result<u64, Refused> {
+    pub(super) fn count_clients(
+        &self,
+        counts: impl Fn(&ClientStatus) -> bool,
+    ) -> Result<u64, Refused> {
         let mut count = 0;
         for (number, shard) in self.shards.iter().enumerate() {
             let clients = self.wait(number, &shard.clients(), None)?;
