@@ -87,7 +87,7 @@ mkfs.ext4 -q -E lazy_itable_init=0 /dev/mapper/home
 mount /dev/mapper/home /mnt/disk
 fill
 live_linear home /dev/vdb /mnt/snapshot /tmp/backup || die live_linear
-verify home "0 81920 linear 254:0 2048"
+verify home "0 81920 linear $(cat /sys/block/vda/dev) 2048"
 e2fsck -fn /dev/mapper/home >/dev/null || die home: the file system is damaged
 dmsetup remove home
 "#;

@@ -69,6 +69,11 @@ impl Machine {
         }
     }
 
+    /// Where it is kept.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// The kernel.
     pub fn kernel(&self) -> PathBuf {
         self.folder.join("vmlinuz")

@@ -3,16 +3,17 @@
 //! when something fails.
 //!
 //! Its disks are files here, seen there as `/dev/vda`, `/dev/vdb` and so on in
-//! the order in which they were given. [`Running::cut_power`] ends the machine
+//! the order in which they were given. The machine is not booted each time, but
+//! goes on from where it stood after a boot (`frozen.rs`). [`Running::cut_power`] ends the machine
 //! as a power cut does: what its kernel had not sent to the disks is lost.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use super::frozen::{self, Monitor, SLOTS, empty_slot, slot};
 use super::machine::Machine;
 
 /// How long a script may run. Emulation on a busy machine is slow.
@@ -99,68 +100,68 @@ impl<'a> Vm<'a> {
             .prefix("nbdsnap-vm-")
             .tempdir()
             .expect("a temporary folder");
-        let ram_disk = folder.path().join("initrd");
-        self.write_ram_disk(&ram_disk, script)
-            .expect("the RAM disk can be written");
+        let files = folder.path().join("files");
+        self.write_files(&files, script)
+            .expect("a temporary file can be written");
         let console = folder.path().join("console");
-        let mut qemu = self.command(&ram_disk, &console);
-        let mut child = qemu.spawn().expect("qemu starts");
-        let lines = lines_of(child.stdout.take().expect("piped"));
-        Running {
+        let state = frozen::booted(self.machine, self.processors).unwrap_or_else(|e| panic!("{e}"));
+        let mut qemu = self.command(&files, &console);
+        let monitor = Monitor::listen(folder.path(), &mut qemu).unwrap_or_else(|e| panic!("{e}"));
+        let child = qemu.spawn().expect("qemu starts");
+        let mut running = Running {
             child,
-            lines,
+            lines: channel().1,
             seen: Vec::new(),
             until: Instant::now() + PATIENCE,
             console,
             _folder: folder,
-        }
+        };
+        frozen::wake(monitor, &mut running.child, &state).unwrap_or_else(|e| panic!("{e}"));
+        running.lines = lines_of(running.child.stdout.take().expect("piped"));
+        self.begin(&mut running.child);
+        running
     }
 
-    fn command(&self, ram_disk: &Path, console: &Path) -> Command {
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi"])
-            .args(["-cpu", "max", "-smp", &self.processors.to_string()])
-            .args(["-m", "1024"])
-            .args(["-display", "none", "-monitor", "none", "-net", "none"])
-            .args(["-no-reboot", "-nodefaults"])
-            .arg("-kernel")
-            .arg(self.machine.kernel())
-            .arg("-initrd")
-            .arg(ram_disk)
-            // Whether the timer ticks in time cannot be told where others take
-            // the processor away: the kernel would panic.
-            .args(["-append", "console=ttyS0 panic=-1 no_timer_check"])
-            .arg("-serial")
-            .arg(format!("file:{}", console.display()))
-            .args(["-serial", "stdio"]);
-        for (n, Disk { path, block, iops }) in self.disks.iter().enumerate() {
-            qemu.arg("-drive")
-                .arg(format!(
-                    "file={},if=none,id=disk{n},format=raw,cache=writeback,discard=unmap,throttling.iops-write={iops}",
-                    path.display()
-                ))
-                .arg("-device")
-                .arg(format!(
-                    "virtio-blk-pci,drive=disk{n},logical_block_size={block},physical_block_size={block}"
-                ));
+    fn command(&self, files: &Path, console: &Path) -> Command {
+        assert!(self.disks.len() < SLOTS, "too many disks");
+        let mut qemu = frozen::qemu(self.machine, self.processors);
+        frozen::serial_lines(&mut qemu, console);
+        qemu.args(["-incoming", "defer"]);
+        for n in 0..SLOTS - 1 {
+            match self.disks.get(n) {
+                None => qemu.args(empty_slot(n)),
+                Some(Disk { path, block, iops }) => {
+                    let file = format!(
+                        "file={},format=raw,cache=writeback,discard=unmap,throttling.iops-write={iops}",
+                        path.display()
+                    );
+                    qemu.args(slot(n, &file, *block))
+                }
+            };
         }
-        qemu.stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit());
+        let files = format!("file={},format=raw,readonly=on", files.display());
+        qemu.args(slot(SLOTS - 1, &files, 512));
         qemu
     }
 
-    /// The machine's RAM disk, and behind it an archive with this run's files:
-    /// the kernel unpacks one after the other.
-    fn write_ram_disk(&self, path: &Path, script: &str) -> std::io::Result<()> {
-        std::fs::copy(self.machine.ram_disk(), path)?;
+    /// Tell the machine, which waits for it, how many disks it has and the time.
+    fn begin(&self, child: &mut Child) {
+        let since = std::time::SystemTime::UNIX_EPOCH.elapsed();
+        let now = since.expect("a clock").as_secs();
+        let mut stdin = child.stdin.take().expect("piped");
+        writeln!(stdin, "{} {now}", self.disks.len()).expect("the machine listens");
+    }
+
+    /// This run's files, as an archive on a disk of its own.
+    fn write_files(&self, path: &Path, script: &str) -> std::io::Result<()> {
         let mut archive = Archive::default();
         archive.add("test/script", script.as_bytes());
         for (name, bytes) in &self.files {
             archive.add(&format!("test/{name}"), bytes);
         }
-        let mut file = File::options().append(true).open(path)?;
-        file.write_all(&archive.end())
+        let mut bytes = archive.end();
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        std::fs::write(path, bytes)
     }
 }
 
