@@ -1,8 +1,8 @@
 //! Stores that the Linux kernel wrote are merged into their origins, by the engine
 //! in this process: the origin must become what the kernel read from the
-//! snapshot. Among them is a merge that the kernel began and a power cut ended;
-//! and each merge is cut off again at many places, and taken up from the bytes
-//! that are left.
+//! snapshot. Among them is a merge that the kernel began and a power cut ended,
+//! which the program finishes too; and each merge is cut off again at many places,
+//! and taken up from the bytes that are left.
 
 use std::fmt::Write;
 
@@ -11,8 +11,9 @@ use nbdsnap_engine::{
     Access, Action, Device, DiskError, Event, Outcome, SnapshotId, Store, StoreIo, StoreKind,
     StoreSize, Volume, VolumeConfig,
 };
-use nbdsnap_tests::harness::files::folder;
+use nbdsnap_tests::harness::files::{folder, sha256};
 use nbdsnap_tests::harness::golden::{Golden, golden_names, unpack_golden};
+use nbdsnap_tests::harness::server::Serve;
 use sha2::{Digest, Sha256};
 
 /// A device in memory.
@@ -171,4 +172,23 @@ fn a_merge_that_is_cut_off_again_and_again_comes_to_the_same_end() {
             println!("{name}: {whole} operations at once; {lives} processes, the first of {life}");
         }
     }
+}
+
+/// As an operator finishes what the kernel began: the snapshot is still whole, and
+/// is merged like any other.
+#[test]
+fn the_program_finishes_the_kernels_merge() {
+    let folder = folder();
+    let golden = unpack_golden("merge_cut", folder.path());
+    let sha = golden.snapshot_sha.as_ref().expect("the snapshot is valid");
+    assert_ne!(&sha256(&golden.origin), sha, "there is nothing to finish");
+    let mut serve = Serve::on_socket_in(folder.path());
+    serve
+        .control_in(folder.path())
+        .disk("disk", &golden.origin)
+        .snapshot("disk@cut", &golden.cow, ",adopt");
+    let server = serve.start();
+    let _ = server.order(["snapshot", "merge", "disk@cut"]).ok();
+    server.stop();
+    assert_eq!(&sha256(&golden.origin), sha);
 }
