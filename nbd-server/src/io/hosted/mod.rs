@@ -24,7 +24,6 @@ use crate::io::VolumeId;
 use crate::io::connection::Connection;
 use crate::io::disk::{Disk, LocalDisk, READ_HERE_MAX, WRITE_HERE_MAX};
 use crate::io::file::Medium;
-use crate::io::helpers::Helpers;
 use crate::io::shard::{Clients, Message, Outside};
 use crate::io::table::{Key, Table};
 use crate::law;
@@ -33,10 +32,6 @@ use crate::nbd::transmission::Call;
 
 use orders::Hold;
 pub use orders::{AutoExtend, NotHeld, NotMerged, Settings, VolumeOrder};
-
-/// Threads that wait for the disks of one volume: so many operations at once. Each
-/// volume has its own, so that a disk that hangs holds up nobody else's.
-const HELPERS: usize = 8;
 
 /// Operations performed for one volume before others have their turn.
 const TURN_OPS: usize = 1024;
@@ -168,7 +163,6 @@ pub(super) struct Hosted {
     volume: Volume,
     origin: LocalDisk,
     stores: BTreeMap<SnapshotId, HostedStore>,
-    helpers: Helpers,
     waiting: Table<Waiting>,
     state: State,
     arrival: Option<Arrival>,
@@ -238,7 +232,6 @@ impl Hosted {
             volume,
             origin: local(new.disk.file, medium),
             stores,
-            helpers: Helpers::new(HELPERS),
             waiting: Table::new(),
             state: State::Serving,
             hold: None,
@@ -510,7 +503,7 @@ impl Hosted {
             }
             let disk = Arc::clone(&local.disk);
             let volume = self.id;
-            outside.submit(&self.helpers, move || Message::Completed {
+            outside.submit(volume, move || Message::Completed {
                 volume,
                 op: op.id,
                 outcome: disk.perform(&op.action),
