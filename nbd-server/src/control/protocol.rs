@@ -76,6 +76,8 @@ pub enum Order {
     VolumeList,
     /// Serve one more disk. Answer: [`Answer::Volumes`].
     VolumeAdd(VolumeAdd),
+    /// Serve several, all of them or none. Answer: [`Answer::Volumes`].
+    VolumesAdd(VolumesAdd),
     /// Serve a disk no longer. Answer: [`Answer::Volumes`], as it was.
     VolumeRemove(VolumeRemove),
     /// Tell of clients. Answer: [`Answer::Clients`].
@@ -155,12 +157,24 @@ pub struct VolumeAdd {
     /// Change nothing, neither the disk nor its stores.
     #[serde(default)]
     pub read_only: bool,
+    /// Only read the disk, which other volumes may have too; snapshots of it can be
+    /// taken and written.
+    #[serde(default)]
+    pub shared: bool,
     /// Its snapshots.
     #[serde(default)]
     pub snapshots: Vec<StoreToServe>,
     /// Stores of the disk that are given up: it is written without them.
     #[serde(default)]
     pub without: Vec<PathBuf>,
+}
+
+/// Serve several disks more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumesAdd {
+    /// All of them are served, or none.
+    pub volumes: Vec<VolumeAdd>,
 }
 
 /// A snapshot that comes with its volume, as with `serve --snapshot`.

@@ -20,12 +20,12 @@ use nbdsnap_engine::{
     SnapshotId, SnapshotInfo, Status, Store, View, Volume, VolumeConfig,
 };
 
-use crate::io::VolumeId;
 use crate::io::connection::Connection;
 use crate::io::disk::{Disk, LocalDisk, READ_HERE_MAX, WRITE_HERE_MAX};
 use crate::io::file::Medium;
 use crate::io::shard::{Clients, Message, Outside};
 use crate::io::table::{Key, Table};
+use crate::io::{VolumeAccess, VolumeId};
 use crate::law;
 use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
@@ -73,8 +73,8 @@ pub struct NewVolume {
     pub config: VolumeConfig,
     /// The origin.
     pub disk: NewDisk,
-    /// Nothing may change on any of its devices.
-    pub read_only: bool,
+    /// What may change on its devices.
+    pub access: VolumeAccess,
     /// Its snapshots.
     pub snapshots: Vec<NewSnapshot>,
 }
@@ -176,8 +176,8 @@ pub(super) struct Hosted {
     auto_extends: BTreeMap<SnapshotId, AutoExtend>,
     /// Whom to tell that a merge has begun.
     merge: Option<Sender<Result<(), NotMerged>>>,
-    /// Not a byte of any store may change.
-    stores_read_only: bool,
+    /// What may change on its devices.
+    access: VolumeAccess,
     /// Memory for one question at a time.
     extents: Vec<Extent>,
 }
@@ -191,12 +191,15 @@ impl Hosted {
         } else {
             Medium::OriginFile
         };
-        let read_only = new.read_only;
+        let access = new.access;
         let local = |file, medium| {
             LocalDisk::new(Disk {
                 file,
                 medium,
-                read_only,
+                read_only: match medium {
+                    Medium::Store => !access.writes_stores(),
+                    Medium::OriginFile | Medium::OriginBlockDevice => !access.writes_origin(),
+                },
             })
         };
         let mut volume = law::new_volume(new.config);
@@ -239,7 +242,7 @@ impl Hosted {
             suspending: None,
             auto_extends: BTreeMap::new(),
             merge: None,
-            stores_read_only: read_only,
+            access,
             arrival: Some(Arrival {
                 views,
                 missing,

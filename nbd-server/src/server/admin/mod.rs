@@ -3,6 +3,7 @@
 //! before a volume is held; what a volume has to do is ordered from its thread,
 //! with a deadline.
 
+mod adding;
 mod clients;
 mod create;
 mod merge;
@@ -34,6 +35,7 @@ use crate::state::admission::state_with;
 use crate::state::files::SystemFiles;
 use crate::state::keeper::{Change, Keeper};
 use crate::state::record::{IntentFile, State};
+use adding::Addition;
 use refusal::Refused;
 
 /// How often a thread that does not answer is looked after.
@@ -167,8 +169,10 @@ impl Administrator {
     }
 
     fn work(mut self) -> Registry {
+        let mut kept = None;
         loop {
             let letter = match self.next_resumption() {
+                _ if kept.is_some() => kept.take().expect("looked at just now"),
                 None => match self.mailroom.inbox.recv() {
                     Ok(letter) => letter,
                     Err(_) => break,
@@ -184,6 +188,13 @@ impl Administrator {
                         Err(RecvTimeoutError::Disconnected) => break,
                     }
                 }
+            };
+            let letter = match Addition::of(letter) {
+                Ok(addition) => {
+                    kept = self.add_all(addition);
+                    continue;
+                }
+                Err(other) => other,
             };
             match letter {
                 Letter::Order(order, answer) => {
@@ -215,7 +226,7 @@ impl Administrator {
             Order::SnapshotRename(rename) => self.rename(&rename),
             Order::SnapshotReset(reset) => self.reset(&reset),
             Order::VolumeList => self.report_volumes(&|_| true),
-            Order::VolumeAdd(add) => self.add_volume(&add),
+            Order::VolumeAdd(_) | Order::VolumesAdd(_) => unreachable!("they go in groups"),
             Order::VolumeRemove(remove) => self.remove_volume(&remove),
             Order::Clients => self.report_clients(),
             Order::Disconnect(disconnect) => self.disconnect(&disconnect),
