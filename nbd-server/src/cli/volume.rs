@@ -13,7 +13,7 @@ use super::serve::{disk_parser, snapshot_parser};
 use super::spec::{DiskSpec, SnapshotSpec};
 use crate::control::protocol::{
     Answer, Order, Resume, StoreToServe, Suspend, VolumeAdd, VolumeRemove, VolumeReport,
-    VolumeResize, VolumesAdd,
+    VolumeResize, VolumesAdd, VolumesRemove,
 };
 
 /// Look after the volumes of a running server.
@@ -126,12 +126,12 @@ Examples:
     nbdsnap volume add --shared \"${forks[@]}\"
 ";
 
-/// Serve a disk, and its snapshots, no longer. Their files stay.
+/// Serve disks, and their snapshots, no longer. Their files stay.
 #[derive(Debug, Args)]
 struct RemoveArgs {
-    /// The volume.
-    #[arg(value_name = "VOLUME", value_parser = parse_name)]
-    name: String,
+    /// The volumes: all of them go, or none.
+    #[arg(value_name = "VOLUME", required = true, value_parser = parse_name)]
+    names: Vec<String>,
     /// Even while clients are attached: they are dropped.
     #[arg(long)]
     force: bool,
@@ -160,8 +160,11 @@ pub(super) fn run(args: VolumeArgs) -> Result<(), Failure> {
                 format!("{}: has {}\n", one.name, super::size::show(one.bytes))
             })
         }
-        VolumeVerb::Remove(RemoveArgs { name, force }) => {
-            let order = Order::VolumeRemove(VolumeRemove { name, force });
+        VolumeVerb::Remove(RemoveArgs { names, force }) => {
+            let order = match <[String; 1]>::try_from(names) {
+                Ok([name]) => Order::VolumeRemove(VolumeRemove { name, force }),
+                Err(names) => Order::VolumesRemove(VolumesRemove { names, force }),
+            };
             let volumes = ask(&server, order)?;
             show(&server, &volumes, |one| {
                 format!("{}: not served any more\n", one.name)

@@ -80,6 +80,9 @@ pub enum Order {
     VolumesAdd(VolumesAdd),
     /// Serve a disk no longer. Answer: [`Answer::Volumes`], as it was.
     VolumeRemove(VolumeRemove),
+    /// Serve several no longer, all of them or none. Answer: [`Answer::Volumes`], as
+    /// they were.
+    VolumesRemove(VolumesRemove),
     /// Tell of clients. Answer: [`Answer::Clients`].
     Clients,
     /// Part with a client. Answer: [`Answer::Clients`], as it was.
@@ -211,6 +214,17 @@ pub struct StoreToServe {
 pub struct VolumeRemove {
     /// Which.
     pub name: String,
+    /// Even while clients are attached: they are dropped.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Serve several disks no longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumesRemove {
+    /// Which.
+    pub names: Vec<String>,
     /// Even while clients are attached: they are dropped.
     #[serde(default)]
     pub force: bool,

@@ -286,7 +286,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE: Duration = Duration::from_mins(1);
 
     fn helpers(threads: usize, of_one: usize, hangs_after: Duration) -> Helpers {
         Helpers::with(Bounds {

@@ -150,28 +150,11 @@ impl<F: Files> Keeper<F> {
     pub fn list(&self, disk: &Path) -> Result<Arc<Attached>, StateError> {
         let path = self.list_path(disk)?;
         let beside = place::beside_it(disk, &path).map_err(system(disk, "looking at it"));
-        let list = self.read_list_once(&path)?;
+        let list = self.read_list(&path)?;
         match beside {
-            Ok(Some(beside)) => Ok(Arc::new(list.with(&*self.read_list_once(&beside)?))),
+            Ok(Some(beside)) => Ok(Arc::new(list.with(&*self.read_list(&beside)?))),
             _ => Ok(list),
         }
-    }
-
-    /// Read a list, unless it is the same file as the last time.
-    fn read_list_once(&self, path: &Path) -> Result<Arc<Attached>, StateError> {
-        // Where the file system does not say when a file was made, its number may mean
-        // another one by now.
-        let file = self.identify(path)?.filter(|file| file.born != 0);
-        if let (Some(file), Some((last, known, list))) = (file, &*self.last_list.borrow())
-            && *known == file
-            && last == path
-        {
-            return Ok(Arc::clone(list));
-        }
-        let list = Arc::new(self.read_list(path)?);
-        let last = file.map(|file| (path.to_owned(), file, Arc::clone(&list)));
-        *self.last_list.borrow_mut() = last;
-        Ok(list)
     }
 
     /// Where that list is or would be.
@@ -292,7 +275,7 @@ impl<F: Files> Keeper<F> {
             let both = match (wanted.get(disk.as_path()), about) {
                 (Some(wanted), None) => now.with(wanted),
                 (Some(wanted), Some(about)) => now.with(&wanted.only(about)),
-                (None, _) => now,
+                (None, _) => Attached::clone(&now),
             };
             self.write_list(list, &both)?;
         }
@@ -374,16 +357,31 @@ impl<F: Files> Keeper<F> {
         })
     }
 
-    fn read_list(&self, path: &Path) -> Result<Attached, StateError> {
+    /// Read a list, unless it is the same file as the last time.
+    fn read_list(&self, path: &Path) -> Result<Arc<Attached>, StateError> {
+        // Where the file system does not say when a file was made, its number may mean
+        // another one by now.
+        let file = self.identify(path)?.filter(|file| file.born != 0);
+        if let (Some(file), Some((last, known, list))) = (file, &*self.last_list.borrow())
+            && *known == file
+            && last == path
+        {
+            return Ok(Arc::clone(list));
+        }
         let advice = "; if you are sure of the disk's stores, move it away";
-        Ok(self.read(path, ATTACHED, advice)?.unwrap_or_default())
+        let list: Option<Attached> = self.read(path, ATTACHED, advice)?;
+        let list = Arc::new(list.unwrap_or_default());
+        let last = file.map(|file| (path.to_owned(), file, Arc::clone(&list)));
+        *self.last_list.borrow_mut() = last;
+        Ok(list)
     }
 
     /// An empty list is no file.
     fn write_list(&mut self, path: &Path, list: &Attached) -> Result<(), StateError> {
-        if self.read_list(path)? == *list {
+        if *self.read_list(path)? == *list {
             return Ok(());
         }
+        *self.last_list.borrow_mut() = None;
         if list.stores.is_empty() {
             return files::remove(&mut self.files, path).map_err(system(path, "deleting it"));
         }

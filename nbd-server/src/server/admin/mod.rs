@@ -28,7 +28,9 @@ use super::events::{Events, event_of};
 use super::registry::{Registry, VolumeEntry};
 use super::setup::Defaults;
 use crate::control::door::Office;
-use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
+use crate::control::protocol::{
+    Answer, EventKind, EventReport, Order, Outcome, SnapshotName, VolumeRemove,
+};
 use crate::disks::Taken;
 use crate::io::{Herald, News, Shard, What};
 use crate::state::admission::state_with;
@@ -227,7 +229,10 @@ impl Administrator {
             Order::SnapshotReset(reset) => self.reset(&reset),
             Order::VolumeList => self.report_volumes(&|_| true),
             Order::VolumeAdd(_) | Order::VolumesAdd(_) => unreachable!("they go in groups"),
-            Order::VolumeRemove(remove) => self.remove_volume(&remove),
+            Order::VolumeRemove(VolumeRemove { name, force }) => {
+                self.remove_volumes(&[name], force)
+            }
+            Order::VolumesRemove(remove) => self.remove_volumes(&remove.names, remove.force),
             Order::Clients => self.report_clients(),
             Order::Disconnect(disconnect) => self.disconnect(&disconnect),
             Order::Events(_) => unreachable!("the door answers it by itself"),
