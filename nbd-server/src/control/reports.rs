@@ -110,6 +110,9 @@ pub struct VolumeReport {
     pub bytes: u64,
     /// Writes to it are refused.
     pub read_only: bool,
+    /// Its disk is only read, and other volumes may have it too.
+    #[serde(default)]
+    pub shared: bool,
     /// It stands still until it is resumed.
     pub suspended: bool,
     /// Its snapshots' exports, in the order in which they are served.

@@ -5,6 +5,7 @@ use super::cow::{self, PlannedCow};
 use super::identity::{Role, Taken};
 use super::make::{Undo, make_snapshots, note_made};
 use super::{Cause, Making, Note, Origin, PlannedSnapshot, Refusal, SnapshotRequest, open};
+use crate::io::VolumeAccess;
 use crate::names;
 use crate::server::setup::OpenSnapshot;
 
@@ -28,7 +29,7 @@ impl SnapshotPlan {
         taken: &mut Taken,
     ) -> Result<(), Refusal> {
         let role = Role::Cow(names::export(volume, &request.name));
-        let found = open::cow(&request.cow, origin.read_only, role.clone(), taken)?;
+        let found = open::cow(&request.cow, origin.access, role.clone(), taken)?;
         let planned = cow::plan(request, origin, found, &mut self.notes);
         match planned
             .and_then(must_be_new(request))
@@ -150,8 +151,12 @@ impl Deed {
 }
 
 /// Where the store of the snapshot `name` goes unless it is said: beside the disk.
-pub fn default_cow(origin: &Origin, name: &str) -> std::path::PathBuf {
+/// One that other volumes have too is not enough of a name.
+pub fn default_cow(origin: &Origin, volume: &str, name: &str) -> std::path::PathBuf {
     let mut path = origin.path.clone();
-    path.as_mut_os_string().push(format!(".{name}.cow"));
+    path.as_mut_os_string().push(match origin.access {
+        VolumeAccess::Shared => format!(".{volume}.{name}.cow"),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => format!(".{name}.cow"),
+    });
     path
 }

@@ -22,12 +22,14 @@ mod signature;
 mod store_io;
 #[cfg(test)]
 mod tests;
+mod together;
 
 use std::fs::File;
 use std::path::PathBuf;
 
 use nbdsnap_engine::StoreKind;
 
+use crate::io::VolumeAccess;
 use crate::names;
 use crate::server::setup::{Defaults, OpenDisk, OpenVolume};
 use cow::PlannedCow;
@@ -48,8 +50,8 @@ pub struct VolumeRequest {
     pub name: String,
     /// The origin: a file or a block device.
     pub path: PathBuf,
-    /// Nothing may change, on the origin or on any store.
-    pub read_only: bool,
+    /// What may change on the origin and its stores.
+    pub access: VolumeAccess,
     /// Its snapshots.
     pub snapshots: Vec<SnapshotRequest>,
 }
@@ -103,7 +105,7 @@ pub struct Plan {
 struct PlannedVolume {
     name: String,
     disk: OpenDisk,
-    read_only: bool,
+    access: VolumeAccess,
     snapshots: Vec<PlannedSnapshot>,
 }
 
@@ -196,11 +198,11 @@ impl Plan {
             let mut snapshots = Vec::new();
             for wanted in &request.snapshots {
                 let role = Role::Cow(names::export(&request.name, &wanted.name));
-                let found = open::cow(&wanted.cow, request.read_only, role, taken)?;
-                let origin = Origin::of(&disk, request.read_only);
+                let found = open::cow(&wanted.cow, request.access, role, taken)?;
+                let origin = Origin::of(&disk, request.access);
                 snapshots.push(PlannedSnapshot {
                     name: wanted.name.clone(),
-                    read_only: wanted.read_only || request.read_only,
+                    read_only: wanted.read_only || !request.access.writes_stores(),
                     kind: wanted.kind,
                     limit: wanted.size,
                     adopted: wanted.adopt,
@@ -213,7 +215,7 @@ impl Plan {
             volumes.push(PlannedVolume {
                 name: request.name,
                 disk,
-                read_only: request.read_only,
+                access: request.access,
                 snapshots,
             });
         }

@@ -6,7 +6,8 @@ use nbdsnap_engine::StoreKind;
 
 use super::cow::{Place, PlannedCow};
 use super::live::SnapshotPlan;
-use super::{Plan, PlannedSnapshot};
+use super::{Plan, PlannedSnapshot, PlannedVolume};
+use crate::io::VolumeAccess;
 use crate::server::setup::Defaults;
 
 /// A volume that shall be served.
@@ -16,8 +17,8 @@ pub struct OfferedVolume {
     pub name: String,
     /// The origin, as it was named.
     pub disk: PathBuf,
-    /// Nothing may change on it or its stores.
-    pub read_only: bool,
+    /// What may change on it and its stores.
+    pub access: VolumeAccess,
     /// Its stores.
     pub stores: Vec<OfferedStore>,
 }
@@ -52,13 +53,12 @@ pub struct OfferedStore {
 impl Plan {
     /// What shall be served.
     pub fn offered(&self) -> Vec<OfferedVolume> {
-        let volumes = self.volumes.iter().map(|volume| OfferedVolume {
-            name: volume.name.clone(),
-            disk: volume.disk.path.clone(),
-            read_only: volume.read_only,
-            stores: volume.snapshots.iter().map(offered).collect(),
-        });
-        volumes.collect()
+        self.volumes.iter().map(offered_volume).collect()
+    }
+
+    /// What was added last.
+    pub fn last_offered(&self) -> Option<OfferedVolume> {
+        self.volumes.last().map(offered_volume)
     }
 }
 
@@ -66,6 +66,15 @@ impl SnapshotPlan {
     /// The stores that shall be made, in the order in which they were added.
     pub fn offered(&self) -> Vec<OfferedStore> {
         self.snapshots.iter().map(offered).collect()
+    }
+}
+
+fn offered_volume(volume: &PlannedVolume) -> OfferedVolume {
+    OfferedVolume {
+        name: volume.name.clone(),
+        disk: volume.disk.path.clone(),
+        access: volume.access,
+        stores: volume.snapshots.iter().map(offered).collect(),
     }
 }
 

@@ -64,7 +64,7 @@ impl Bench {
         VolumeRequest {
             name: "disk".to_owned(),
             path: self.path("disk"),
-            read_only: false,
+            access: VolumeAccess::ReadWrite,
             snapshots,
         }
     }
@@ -305,7 +305,7 @@ fn what_is_open_is_locked() {
             .volumes_refused(vec![other.clone()])
             .contains("link: is already open")
     );
-    other.read_only = true;
+    other.access = VolumeAccess::ReadOnly;
     assert!(
         bench
             .volumes_refused(vec![other])
@@ -313,7 +313,7 @@ fn what_is_open_is_locked() {
     );
     drop(opened);
     let mut reader = bench.volume(vec![bench.snapshot("new")]);
-    reader.read_only = true;
+    reader.access = VolumeAccess::ReadOnly;
     let first = inspect(vec![reader.clone()], &mut Taken::default()).unwrap();
     let second = inspect(vec![reader], &mut Taken::default()).unwrap();
     assert!(bench.refused(vec![]).contains("is already open"));
@@ -327,7 +327,7 @@ fn reading_changes_nothing() {
     bench.put("cow", &store(&[(7, 2)], 4));
     bench.put("torn", &torn_store());
     let mut volume = bench.volume(vec![bench.snapshot("cow"), bench.snapshot("torn")]);
-    volume.read_only = true;
+    volume.access = VolumeAccess::ReadOnly;
     let before = bench.state();
     let opened = inspect(vec![volume], &mut Taken::default())
         .unwrap()
@@ -351,7 +351,7 @@ fn reading_changes_nothing() {
             ..bench.snapshot(name)
         };
         let mut volume = bench.volume(vec![wanted]);
-        volume.read_only = true;
+        volume.access = VolumeAccess::ReadOnly;
         assert!(bench.volumes_refused(vec![volume]).contains("--read-only"));
     }
 }

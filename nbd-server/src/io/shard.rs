@@ -88,6 +88,7 @@ pub(super) enum Message {
 #[derive(Debug)]
 pub(super) struct Outside {
     mail: Arc<Mailbox<Message>>,
+    helpers: Helpers,
     /// Buffers for large replies, lent to whoever makes one.
     pub(super) spares: Spares,
     /// Tells a throttled write from an interrupted one.
@@ -97,14 +98,11 @@ pub(super) struct Outside {
 }
 
 impl Outside {
-    /// Have `work` done by a helper; its result comes as a message.
-    pub(super) fn submit(
-        &self,
-        helpers: &Helpers,
-        work: impl FnOnce() -> Message + Send + 'static,
-    ) {
+    /// Have `work` of a volume done by a helper; its result comes as a message.
+    pub(super) fn submit(&self, volume: VolumeId, work: impl FnOnce() -> Message + Send + 'static) {
         let mail = Arc::clone(&self.mail);
-        helpers.submit(Box::new(move || mail.post(work())));
+        self.helpers
+            .submit(volume, Box::new(move || mail.post(work())));
     }
 }
 
@@ -149,6 +147,7 @@ impl Shard {
             poller,
             outside: Outside {
                 mail: Arc::clone(&mail),
+                helpers: Helpers::new(),
                 spares: Spares::default(),
                 sleeps: Sleeps::default(),
                 herald,

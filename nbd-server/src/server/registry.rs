@@ -1,6 +1,7 @@
 //! What a server serves: its volumes and their snapshots, by name, with where
 //! each lives and what it was made with. The administrator owns it.
 
+use std::cell::OnceCell;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -11,7 +12,7 @@ use super::directory::{Exports, Route};
 use super::setup::{Defaults, OpenSnapshot};
 use crate::cli::size;
 use crate::disks::{Origin, Scratch};
-use crate::io::VolumeId;
+use crate::io::{VolumeAccess, VolumeId};
 use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
 use crate::state::files::{Files, SystemFiles};
@@ -34,6 +35,8 @@ pub(super) struct VolumeEntry {
     pub(super) origin: Origin,
     pub(super) is_block_device: bool,
     pub(super) suspension: Suspension,
+    /// How records call the disk, found out once.
+    pub(super) recorded_disk: OnceCell<PathBuf>,
     /// In the order in which they came.
     pub(super) snapshots: Vec<SnapshotEntry>,
 }
@@ -59,6 +62,8 @@ pub(super) struct SnapshotEntry {
     pub(super) scratch: Option<Scratch>,
     pub(super) fill: FillRate,
     pub(super) merge: MergeState,
+    /// How records call the store, found out once.
+    recorded_cow: OnceCell<PathBuf>,
 }
 
 /// Whether a volume stands still.
@@ -175,6 +180,7 @@ impl SnapshotEntry {
             taken,
             scratch: facts.scratch,
             fill: FillRate::new(facts.allocated),
+            recorded_cow: OnceCell::new(),
             merge: if facts.merging {
                 MergeState::Begun { delete_cow: false }
             } else {
@@ -248,7 +254,7 @@ impl SnapshotEntry {
     fn record(&self) -> SnapshotRecord {
         SnapshotRecord {
             name: self.name.clone(),
-            cow: settled(&self.cow),
+            cow: self.recorded_cow.get_or_init(|| settled(&self.cow)).clone(),
             kind: self.kind.into(),
             limit: self.limit,
             read_only: self.read_only,
@@ -265,9 +271,12 @@ impl VolumeEntry {
     pub(super) fn record(&self) -> VolumeRecord {
         VolumeRecord {
             name: self.name.clone(),
-            disk: settled(&self.origin.path),
-            read_only: self.origin.read_only,
-            shared: false,
+            disk: self
+                .recorded_disk
+                .get_or_init(|| settled(&self.origin.path))
+                .clone(),
+            read_only: self.origin.access == VolumeAccess::ReadOnly,
+            shared: self.origin.access == VolumeAccess::Shared,
             snapshots: self.snapshots.iter().map(SnapshotEntry::record).collect(),
         }
     }
@@ -303,7 +312,7 @@ impl VolumeEntry {
             name: self.name.clone(),
             description,
             size: self.origin.bytes,
-            flags: transmission_flags(self.origin.read_only, false),
+            flags: transmission_flags(!self.origin.access.writes_origin(), false),
             block_size: BlockSize::for_chunk(chunks.min().unwrap_or(0)),
         }
     }
@@ -356,7 +365,7 @@ impl Registry {
                 read_only,
             };
             exports.push(volume.export());
-            routes.push(route(View::Origin, volume.origin.read_only));
+            routes.push(route(View::Origin, !volume.origin.access.writes_origin()));
             let begun = |one: &&SnapshotEntry| matches!(one.merge, MergeState::Begun { .. });
             for snapshot in volume.snapshots.iter().filter(|one| !begun(one)) {
                 exports.push(volume.snapshot_export(snapshot));

@@ -10,7 +10,7 @@ use nbdsnap_engine::{OnFull, Store};
 
 use crate::control::protocol::Growth;
 use crate::disks::{self, Scratch, Taken};
-use crate::io::{AutoExtend, Settings};
+use crate::io::{AutoExtend, Settings, VolumeAccess};
 use crate::state::Records;
 
 /// A disk or COW store that is open, locked and of known size.
@@ -60,8 +60,9 @@ pub struct OpenVolume {
     pub name: String,
     /// The origin.
     pub disk: OpenDisk,
-    /// Writes to the origin are refused with EPERM, and nothing changes on any device.
-    pub read_only: bool,
+    /// What may change on its devices; writes to an origin that may not are refused
+    /// with EPERM.
+    pub access: VolumeAccess,
     /// Its snapshots.
     pub snapshots: Vec<OpenSnapshot>,
 }

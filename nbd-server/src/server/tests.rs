@@ -17,6 +17,7 @@ use super::setup::{Defaults, Listener, OpenDisk, OpenSnapshot, OpenVolume, Setup
 use super::{RunningServer, ServerError};
 use crate::client::{Answer, Client};
 use crate::disks::Taken;
+use crate::io::VolumeAccess;
 use crate::io::file::{Medium, perform};
 use crate::nbd::uri::ListenAddr;
 use crate::nbd::wire::{NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_EPERM};
@@ -97,7 +98,7 @@ impl Place {
         let volume = OpenVolume {
             name: "disk".into(),
             disk: open_disk(&self.path("disk")),
-            read_only,
+            access: VolumeAccess::from_words(read_only, false),
             snapshots: vec![OpenSnapshot {
                 name: "then".into(),
                 disk: open_disk(&store_path),
@@ -300,7 +301,7 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
     let volume = || OpenVolume {
         name: "twice".into(),
         disk: open_disk(&place.path("disk")),
-        read_only: true,
+        access: VolumeAccess::ReadOnly,
         snapshots: Vec::new(),
     };
     let setup = Setup {

@@ -1,6 +1,7 @@
 //! Whether volumes may be served as it was asked for, by the lists of their
 //! disks; and what the records will say of them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use nbdsnap_engine::StoreKind;
@@ -14,6 +15,7 @@ use crate::control::protocol::WhenFull;
 use crate::disks::{
     Cause, Making, OfferedStore, OfferedVolume, Refusal, SnapshotRequest, VolumeRequest, shown,
 };
+use crate::io::VolumeAccess;
 use crate::server::setup::Defaults;
 
 impl From<StoreKind> for Kind {
@@ -59,8 +61,8 @@ impl From<&OfferedVolume> for VolumeRecord {
         Self {
             name: volume.name.clone(),
             disk: settled(&volume.disk),
-            read_only: volume.read_only,
-            shared: false,
+            read_only: volume.access == VolumeAccess::ReadOnly,
+            shared: volume.access == VolumeAccess::Shared,
             snapshots: volume.stores.iter().map(SnapshotRecord::from).collect(),
         }
     }
@@ -81,7 +83,7 @@ pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
     VolumeRequest {
         name: volume.name.clone(),
         path: volume.disk.clone(),
-        read_only: volume.read_only,
+        access: VolumeAccess::from_words(volume.read_only, volume.shared),
         snapshots: volume
             .snapshots
             .iter()
@@ -115,19 +117,27 @@ pub fn as_listed<F: Files>(
     mut requests: Vec<VolumeRequest>,
 ) -> Result<Vec<VolumeRequest>, StateError> {
     for request in &mut requests {
-        if request.read_only || !request.path.exists() {
+        if request.access == VolumeAccess::ReadOnly || !request.path.exists() {
             continue;
         }
-        for store in keeper.list(&request.path)?.stores {
+        let list = keeper.list(&request.path)?;
+        let mut named = Vec::new();
+        for snapshot in &mut request.snapshots {
+            let cow = settled(&snapshot.cow);
+            if let Some(store) = list.find(&cow) {
+                snapshot.merging = store.mark == Mark::Merging;
+                snapshot.bytes = store.bytes;
+            }
+            named.push(cow);
+        }
+        for store in &list.stores {
             let merging = store.mark == Mark::Merging;
-            let mut named = request.snapshots.iter_mut();
-            if let Some(named) = named.find(|other| settled(&other.cow) == store.cow) {
-                named.merging = merging;
-                named.bytes = store.bytes;
-            } else if merging {
+            // Of a disk that nobody writes it is refused later.
+            let goes_on = merging && request.access.writes_origin();
+            if goes_on && !named.contains(&store.cow) {
                 request.snapshots.push(SnapshotRequest {
-                    name: store.snapshot,
-                    cow: store.cow,
+                    name: store.snapshot.clone(),
+                    cow: store.cow.clone(),
                     kind: StoreKind::Persistent,
                     chunk: None,
                     size: None,
@@ -155,15 +165,15 @@ pub fn admit<F: Files>(
     let list = keeper
         .list(&volume.disk)
         .map_err(|error| Refusal::new(&volume.disk, Cause::List(error.to_string())))?;
-    if volume.read_only {
+    if !volume.access.writes_origin() {
         let mut stores = list.stores.iter();
-        return match stores.find(|store| store.mark == Mark::Merging) {
-            None => Ok(()),
-            Some(store) => Err(Refusal::new(
-                &volume.disk,
-                Cause::MergeReadOnly(shown(&store.cow)),
-            )),
-        };
+        if let Some(store) = stores.find(|store| store.mark == Mark::Merging) {
+            let cause = Cause::MergeReadOnly(shown(&store.cow));
+            return Err(Refusal::new(&volume.disk, cause));
+        }
+    }
+    if !volume.access.writes_stores() {
+        return Ok(());
     }
     let cows: Vec<PathBuf> = volume.stores.iter().map(|s| settled(&s.cow)).collect();
     let stores = volume.stores.iter().zip(&cows);
@@ -183,7 +193,11 @@ pub fn admit<F: Files>(
             Cause::MergeMissing(shown(&store.cow)),
         ));
     }
-    match list.judge(&offered, &given_up).first() {
+    let findings = match volume.access {
+        VolumeAccess::Shared => list.judge_shared(&offered),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => list.judge(&offered, &given_up),
+    };
+    match findings.first() {
         None => Ok(()),
         Some(finding) => Err(refusal(&volume.disk, finding)),
     }
@@ -208,9 +222,13 @@ fn refusal(disk: &Path, finding: &Finding) -> Refusal {
 /// all others as they are: one that could not be served this time is not forgotten.
 pub fn state_with<F: Files>(keeper: &Keeper<F>, volumes: Vec<VolumeRecord>) -> State {
     let mut next = keeper.state().clone();
+    let known = next.volumes.iter().enumerate();
+    let places: BTreeMap<String, usize> = known
+        .map(|(place, volume)| (volume.name.clone(), place))
+        .collect();
     for volume in volumes {
-        match next.volumes.iter_mut().find(|old| old.name == volume.name) {
-            Some(old) => *old = volume,
+        match places.get(&volume.name) {
+            Some(&place) => next.volumes[place] = volume,
             None => next.volumes.push(volume),
         }
     }
@@ -231,9 +249,10 @@ impl Making for Recorded<'_> {
         self.change.made_as(&settled(path))
     }
 
-    fn made(&mut self, path: &Path) -> std::io::Result<()> {
+    fn made(&mut self, paths: &[PathBuf]) -> std::io::Result<()> {
+        let paths: Vec<PathBuf> = paths.iter().map(|path| settled(path)).collect();
         self.keeper
-            .made(self.change, &settled(path))
+            .made(self.change, &paths)
             .map_err(std::io::Error::other)
     }
 }

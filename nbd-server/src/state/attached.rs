@@ -4,10 +4,12 @@
 //! finding is a reason to refuse, unless the operator gives the word that goes
 //! with it. A disk that is served read-only needs no list and changes none.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::record::StorePath;
 use super::seal;
 
 /// How a store on the list stands.
@@ -75,8 +77,8 @@ impl Attached {
     pub fn judge(&self, offered: &[Offered<'_>], given_up: &[PathBuf]) -> Vec<Finding> {
         let mut findings = Vec::new();
         for store in &self.stores {
-            let offer = offered.iter().find(|offer| offer.cow == store.cow);
-            match (store.mark, offer) {
+            let named = |offer: &&Offered<'_>| offer.cow.as_os_str() == store.cow.as_os_str();
+            match (store.mark, offered.iter().find(named)) {
                 (Mark::Merging, None) => findings.push(Finding::MissingMerge(store.clone())),
                 (Mark::Attached, None) if !given_up.contains(&store.cow) => {
                     findings.push(Finding::Missing(store.clone()));
@@ -95,23 +97,56 @@ impl Attached {
         findings
     }
 
+    /// Of these findings, those that count where nobody writes the disk: a store that
+    /// is not served then misses nothing.
+    pub fn judge_shared(&self, offered: &[Offered<'_>]) -> Vec<Finding> {
+        let mut findings = self.judge(offered, &[]);
+        findings.retain(|finding| match finding {
+            Finding::Missing(_) | Finding::MissingMerge(_) => false,
+            Finding::Unlisted(_) | Finding::Lost(_) => true,
+        });
+        findings
+    }
+
+    /// Its stores by their paths.
+    pub fn by_cow(&self) -> BTreeMap<&Path, &AttachedStore> {
+        let stores = self.stores.iter();
+        stores.map(|store| (store.cow.as_path(), store)).collect()
+    }
+
     /// The store at this path.
     pub fn find(&self, cow: &Path) -> Option<&AttachedStore> {
         self.stores.iter().find(|store| store.cow == cow)
+    }
+
+    /// The stores at these paths.
+    #[must_use]
+    pub fn only(&self, paths: &[StorePath]) -> Self {
+        self.filtered(paths, true)
+    }
+
+    /// All but the stores at these paths.
+    #[must_use]
+    pub fn without(&self, paths: &[StorePath]) -> Self {
+        self.filtered(paths, false)
+    }
+
+    fn filtered(&self, paths: &[StorePath], keep: bool) -> Self {
+        let paths: BTreeSet<&Path> = paths.iter().map(|path| path.0.as_path()).collect();
+        let kept = |store: &&AttachedStore| paths.contains(store.cow.as_path()) == keep;
+        Self {
+            stores: self.stores.iter().filter(kept).cloned().collect(),
+        }
     }
 
     /// What both name: a store that is about to join or to leave is on it, and
     /// what `self` says of one that both have counts.
     #[must_use]
     pub fn with(&self, other: &Self) -> Self {
+        let known = self.by_cow();
+        let unknown = |store: &&AttachedStore| !known.contains_key(store.cow.as_path());
         let mut stores = self.stores.clone();
-        stores.extend(
-            other
-                .stores
-                .iter()
-                .filter(|store| self.find(&store.cow).is_none())
-                .cloned(),
-        );
+        stores.extend(other.stores.iter().filter(unknown).cloned());
         Self { stores }
     }
 }

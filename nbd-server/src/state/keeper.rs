@@ -1,14 +1,19 @@
 //! Leads every change of what a server has through the steps of the module's
 //! page, and settles at a start what a crash interrupted.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::attached::{Attached, Mark};
 use super::files::{self, FileIdentity, Files};
 use super::folder::StateFolder;
 use super::place;
-use super::record::{Intent, IntentFile, IntentList, State};
+use super::record::{Intent, IntentFile, IntentList, State, StorePath};
 use super::seal::{self, SealError};
 
 const ATTACHED: &str = "attached";
@@ -67,6 +72,8 @@ pub struct Keeper<F> {
     _lock: Option<StateFolder>,
     locate: Locate,
     state: State,
+    /// The list that was read last: a thousand volumes may have one disk.
+    last_list: RefCell<Option<(PathBuf, FileIdentity, Arc<Attached>)>>,
 }
 
 /// A change under way, between [`Keeper::begin`] and [`Keeper::finish`] or
@@ -86,7 +93,9 @@ impl Change {
     /// the identity that it keeps when it is renamed.
     pub fn made_as(&self, path: &Path) -> Option<PathBuf> {
         let mut files = self.intent.files.iter();
-        files.find(|file| file.path == path)?.made_as()
+        files
+            .find(|file| file.path.as_os_str() == path.as_os_str())?
+            .made_as()
     }
 }
 
@@ -118,6 +127,7 @@ impl<F: Files> Keeper<F> {
             _lock: None,
             locate,
             state: State::default(),
+            last_list: RefCell::new(None),
         };
         if let Some(folder) = keeper.folder.clone() {
             let advice = "; move it away to begin without what it knew";
@@ -137,10 +147,14 @@ impl<F: Files> Keeper<F> {
     }
 
     /// The list of a disk that exists; an empty one if there is none.
-    pub fn list(&self, disk: &Path) -> Result<Attached, StateError> {
+    pub fn list(&self, disk: &Path) -> Result<Arc<Attached>, StateError> {
         let path = self.list_path(disk)?;
-        let advice = "; if you are sure of the disk's stores, move it away";
-        Ok(self.read(&path, ATTACHED, advice)?.unwrap_or_default())
+        let beside = place::beside_it(disk, &path).map_err(system(disk, "looking at it"));
+        let list = self.read_list(&path)?;
+        match beside {
+            Ok(Some(beside)) => Ok(Arc::new(list.with(&*self.read_list(&beside)?))),
+            _ => Ok(list),
+        }
     }
 
     /// Where that list is or would be.
@@ -158,10 +172,16 @@ impl<F: Files> Keeper<F> {
         let mut lists = Vec::new();
         let before = self.state.lists();
         for (&disk, list) in &next.lists() {
-            if before.get(disk) != Some(list) {
+            if before.get(disk) == Some(list) {
+                continue;
+            }
+            let is_shared = self.state.shares(disk) || next.shares(disk);
+            let about = is_shared.then(|| self.state.changed_stores(&next, disk));
+            if about.as_ref().is_none_or(|stores| !stores.is_empty()) {
                 lists.push(IntentList {
                     disk: disk.to_owned(),
                     list: self.list_path(disk)?,
+                    about,
                 });
             }
         }
@@ -180,12 +200,13 @@ impl<F: Files> Keeper<F> {
         Ok(change)
     }
 
-    /// The file that belongs at `path` was made under its first name
-    /// ([`Change::made_as`]): from here on a crash takes it away again wherever it
-    /// is, and it may be given its own name.
-    pub fn made(&mut self, change: &mut Change, path: &Path) -> Result<(), StateError> {
+    /// The files that belong at `paths` were made under their first names
+    /// ([`Change::made_as`]): from here on a crash takes them away again wherever they
+    /// are, and they may be given their own names.
+    pub fn made(&mut self, change: &mut Change, paths: &[PathBuf]) -> Result<(), StateError> {
+        let paths: BTreeSet<&OsStr> = paths.iter().map(|path| path.as_os_str()).collect();
         for file in &mut change.intent.files {
-            if file.path == path
+            if paths.contains(file.path.as_os_str())
                 && let Some(made_as) = file.made_as()
             {
                 file.identity = self
@@ -229,7 +250,8 @@ impl<F: Files> Keeper<F> {
     /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
     pub fn mark_lost(&mut self, disk: &Path, cow: &Path) -> Result<(), StateError> {
         let path = self.list_path(disk)?;
-        let mut list = self.list(disk)?;
+        let _held = self.files.hold(files::folder_of(&path));
+        let mut list = Attached::clone(&*self.list(disk)?);
         for store in &mut list.stores {
             if store.cow == cow {
                 store.mark = Mark::Lost;
@@ -247,11 +269,13 @@ impl<F: Files> Keeper<F> {
     /// Every list names what it named and what it will name.
     fn join_lists(&mut self, change: &Change) -> Result<(), StateError> {
         let wanted = change.next.lists();
-        for IntentList { disk, list } in &change.intent.lists {
+        for IntentList { disk, list, about } in &change.intent.lists {
+            let _held = self.hold_shared(list, about.as_ref());
             let now = self.read_list(list)?;
-            let both = match wanted.get(disk.as_path()) {
-                Some(wanted) => now.with(wanted),
-                None => now,
+            let both = match (wanted.get(disk.as_path()), about) {
+                (Some(wanted), None) => now.with(wanted),
+                (Some(wanted), Some(about)) => now.with(&wanted.only(about)),
+                (None, _) => Attached::clone(&now),
             };
             self.write_list(list, &both)?;
         }
@@ -260,30 +284,48 @@ impl<F: Files> Keeper<F> {
 
     /// Every list says what the state says; a store that is lost stays lost.
     fn settle_lists(&mut self, intent: &Intent) -> Result<(), StateError> {
-        for IntentList { disk, list } in &intent.lists {
+        for IntentList { disk, list, about } in &intent.lists {
+            let _held = self.hold_shared(list, about.as_ref());
             let now = self.read_list(list)?;
             let mut lists = self.state.lists();
             let mut wanted = lists.remove(disk.as_path()).unwrap_or_default();
+            if let Some(about) = about {
+                wanted = now.without(about).with(&wanted.only(about));
+            }
+            let known = now.by_cow();
             for store in &mut wanted.stores {
-                if now.find(&store.cow).is_some_and(|s| s.mark == Mark::Lost) {
+                let now = known.get(store.cow.as_path());
+                if now.is_some_and(|now| now.mark == Mark::Lost) {
                     store.mark = Mark::Lost;
                 }
             }
+            drop(lists);
             self.write_list(list, &wanted)?;
         }
         Ok(())
     }
 
+    /// Keep other servers from a list while it is read and written anew, if they may
+    /// have it too.
+    fn hold_shared(&self, list: &Path, about: Option<&Vec<StorePath>>) -> Option<File> {
+        about.and_then(|_| self.files.hold(files::folder_of(list)))
+    }
+
     /// Delete the files of an intent that no snapshot of the state names, as far
     /// as they are the ones that were meant.
     fn delete_files(&mut self, intent: &Intent) -> Result<(), StateError> {
-        for file in &intent.files {
+        let named = self.state.cows();
+        let named: Vec<bool> = intent
+            .files
+            .iter()
+            .map(|file| named.contains(file.path.as_path()))
+            .collect();
+        for (file, is_named) in intent.files.iter().zip(named) {
             if let Some(made_as) = file.made_as()
                 && self.identify(&made_as)?.is_some()
             {
                 self.delete(&made_as)?;
             }
-            let is_named = self.state.cows().contains(file.path.as_path());
             if !is_named && file.identity.is_some() && self.identify(&file.path)? == file.identity {
                 self.delete(&file.path)?;
             }
@@ -315,16 +357,31 @@ impl<F: Files> Keeper<F> {
         })
     }
 
-    fn read_list(&self, path: &Path) -> Result<Attached, StateError> {
+    /// Read a list, unless it is the same file as the last time.
+    fn read_list(&self, path: &Path) -> Result<Arc<Attached>, StateError> {
+        // Where the file system does not say when a file was made, its number may mean
+        // another one by now.
+        let file = self.identify(path)?.filter(|file| file.born != 0);
+        if let (Some(file), Some((last, known, list))) = (file, &*self.last_list.borrow())
+            && *known == file
+            && last == path
+        {
+            return Ok(Arc::clone(list));
+        }
         let advice = "; if you are sure of the disk's stores, move it away";
-        Ok(self.read(path, ATTACHED, advice)?.unwrap_or_default())
+        let list: Option<Attached> = self.read(path, ATTACHED, advice)?;
+        let list = Arc::new(list.unwrap_or_default());
+        let last = file.map(|file| (path.to_owned(), file, Arc::clone(&list)));
+        *self.last_list.borrow_mut() = last;
+        Ok(list)
     }
 
     /// An empty list is no file.
     fn write_list(&mut self, path: &Path, list: &Attached) -> Result<(), StateError> {
-        if self.read_list(path)? == *list {
+        if *self.read_list(path)? == *list {
             return Ok(());
         }
+        *self.last_list.borrow_mut() = None;
         if list.stores.is_empty() {
             return files::remove(&mut self.files, path).map_err(system(path, "deleting it"));
         }

@@ -94,6 +94,35 @@ impl State {
         lists
     }
 
+    /// Whether a disk is one that several may have.
+    pub fn shares(&self, disk: &Path) -> bool {
+        let mut volumes = self.volumes.iter();
+        volumes.any(|volume| volume.shared && volume.disk == disk)
+    }
+
+    /// Of a shared disk's stores, those of which `next` says something else than this
+    /// state does: they join the list, change on it or leave it. A volume that leaves
+    /// the server has its stores stay.
+    pub fn changed_stores(&self, next: &Self, disk: &Path) -> Vec<StorePath> {
+        let (before, after) = (self.lists(), next.lists());
+        let empty = Attached::default();
+        let before = before.get(disk).unwrap_or(&empty);
+        let after = after.get(disk).unwrap_or(&empty);
+        let known = before.by_cow();
+        let joins = |one: &&AttachedStore| known.get(one.cow.as_path()) != Some(one);
+        let joining = after.stores.iter().filter(joins);
+        let mut changed: Vec<StorePath> = joining.map(|one| StorePath(one.cow.clone())).collect();
+        let kept = after.by_cow();
+        let stays: BTreeSet<&str> = next.volumes.iter().map(|one| one.name.as_str()).collect();
+        let here = self.volumes.iter().filter(|volume| volume.disk == disk);
+        for volume in here.filter(|volume| stays.contains(volume.name.as_str())) {
+            let cows = volume.snapshots.iter().map(|snapshot| &snapshot.cow);
+            let leaving = cows.filter(|cow| !kept.contains_key(cow.as_path()));
+            changed.extend(leaving.map(|cow| StorePath(cow.clone())));
+        }
+        changed
+    }
+
     /// A snapshot, by the names of its volume and its own.
     pub fn snapshot_mut(&mut self, volume: &str, snapshot: &str) -> Option<&mut SnapshotRecord> {
         let mut volumes = self.volumes.iter_mut();
@@ -192,4 +221,13 @@ pub struct IntentList {
     /// Its list.
     #[serde(with = "seal::path")]
     pub list: PathBuf,
+    /// Of a disk that others may share, the stores that the change is about: what
+    /// else is on the list is not this server's to change. None: the list says what
+    /// the state says.
+    #[serde(default)]
+    pub about: Option<Vec<StorePath>>,
 }
+
+/// The path of a store, in a list of such.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorePath(#[serde(with = "seal::path")] pub PathBuf);

@@ -1,6 +1,8 @@
 //! The power goes away between any two steps of any change; what is found at the
 //! next start must be the old or the new, whole.
 
+mod shared;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
@@ -213,7 +215,7 @@ fn make(
             keeper.abandon(change)?;
             panic!("only the power can fail, and then abandoning fails too");
         }
-        keeper.made(&mut change, path)?;
+        keeper.made(&mut change, &[path.to_owned()])?;
         let named = files
             .rename(&made_as, path)
             .and_then(|()| files.sync_folder(folder));
@@ -299,7 +301,7 @@ fn check(files: &SimFiles, keeper: &Keeper<SimFiles>, what: &str) {
         let list = keeper.list(Path::new(disk)).unwrap();
         let wanted = lists.get(Path::new(disk)).cloned();
         assert_eq!(
-            list,
+            *list,
             wanted.unwrap_or_default(),
             "{what}: the list of {disk}"
         );
@@ -544,7 +546,7 @@ fn the_files_of_this_machine_do_the_same() {
     let make = |keeper: &mut Keeper<SystemFiles>, change: &mut Change| {
         let made_as = change.made_as(&at("cows/x")).unwrap();
         std::fs::write(&made_as, b"").unwrap();
-        keeper.made(change, &at("cows/x")).unwrap();
+        keeper.made(change, &[at("cows/x")]).unwrap();
         std::fs::rename(made_as, at("cows/x")).unwrap();
     };
     let mut change = keeper.begin(next.clone(), vec![file.clone()]).unwrap();

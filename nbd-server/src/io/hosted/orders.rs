@@ -243,7 +243,7 @@ impl Hosted {
         let disk = LocalDisk::new(Disk {
             file,
             medium: Medium::Store,
-            read_only: self.stores_read_only,
+            read_only: !self.access.writes_stores(),
         });
         self.stores.insert(id, HostedStore { name, disk });
     }

@@ -149,7 +149,7 @@ impl Administrator {
                     snapshot: merging.name.clone(),
                 }));
             }
-            if volume.origin.read_only {
+            if !volume.origin.access.writes_stores() {
                 return Err(Refused::ReadOnly(volume.name.clone()));
             }
             if create.cow.is_none() && volume.is_block_device {
@@ -168,7 +168,7 @@ impl Administrator {
         let volume = self.registry.volume(&name.volume).expect("checked before");
         let origin = &volume.origin;
         let behaviour = self.behaviour(create);
-        let beside = || disks::default_cow(origin, &name.snapshot);
+        let beside = || disks::default_cow(origin, &name.volume, &name.snapshot);
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
             cow: create.cow.clone().unwrap_or_else(beside),

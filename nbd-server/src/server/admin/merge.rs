@@ -13,7 +13,7 @@ use super::remove::clean_up;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
-use crate::io::{News, NotMerged, VolumeOrder, What};
+use crate::io::{News, NotMerged, VolumeAccess, VolumeOrder, What};
 use crate::server::registry::{MergeState, Suspension};
 use crate::state::record::State;
 
@@ -29,8 +29,10 @@ impl Administrator {
             return Err(Refused::MergeTransient(name.clone()));
         }
         let volume_entry = self.registry.volume(&name.volume).expect("found above");
-        if volume_entry.origin.read_only {
-            return Err(Refused::ReadOnly(name.volume.clone()));
+        match volume_entry.origin.access {
+            VolumeAccess::ReadWrite => {}
+            VolumeAccess::Shared => return Err(Refused::MergeShared(name.clone())),
+            VolumeAccess::ReadOnly => return Err(Refused::ReadOnly(name.volume.clone())),
         }
         if volume_entry.suspension != Suspension::Running {
             return Err(Refused::StandsStill(name.volume.clone()));

@@ -3,6 +3,7 @@
 //! before a volume is held; what a volume has to do is ordered from its thread,
 //! with a deadline.
 
+mod adding;
 mod clients;
 mod create;
 mod merge;
@@ -27,13 +28,16 @@ use super::events::{Events, event_of};
 use super::registry::{Registry, VolumeEntry};
 use super::setup::Defaults;
 use crate::control::door::Office;
-use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
+use crate::control::protocol::{
+    Answer, EventKind, EventReport, Order, Outcome, SnapshotName, VolumeRemove,
+};
 use crate::disks::Taken;
 use crate::io::{Herald, News, Shard, What};
 use crate::state::admission::state_with;
 use crate::state::files::SystemFiles;
 use crate::state::keeper::{Change, Keeper};
 use crate::state::record::{IntentFile, State};
+use adding::Addition;
 use refusal::Refused;
 
 /// How often a thread that does not answer is looked after.
@@ -167,8 +171,10 @@ impl Administrator {
     }
 
     fn work(mut self) -> Registry {
+        let mut kept = None;
         loop {
             let letter = match self.next_resumption() {
+                _ if kept.is_some() => kept.take().expect("looked at just now"),
                 None => match self.mailroom.inbox.recv() {
                     Ok(letter) => letter,
                     Err(_) => break,
@@ -184,6 +190,13 @@ impl Administrator {
                         Err(RecvTimeoutError::Disconnected) => break,
                     }
                 }
+            };
+            let letter = match Addition::of(letter) {
+                Ok(addition) => {
+                    kept = self.add_all(addition);
+                    continue;
+                }
+                Err(other) => other,
             };
             match letter {
                 Letter::Order(order, answer) => {
@@ -215,8 +228,11 @@ impl Administrator {
             Order::SnapshotRename(rename) => self.rename(&rename),
             Order::SnapshotReset(reset) => self.reset(&reset),
             Order::VolumeList => self.report_volumes(&|_| true),
-            Order::VolumeAdd(add) => self.add_volume(&add),
-            Order::VolumeRemove(remove) => self.remove_volume(&remove),
+            Order::VolumeAdd(_) | Order::VolumesAdd(_) => unreachable!("they go in groups"),
+            Order::VolumeRemove(VolumeRemove { name, force }) => {
+                self.remove_volumes(&[name], force)
+            }
+            Order::VolumesRemove(remove) => self.remove_volumes(&remove.names, remove.force),
             Order::Clients => self.report_clients(),
             Order::Disconnect(disconnect) => self.disconnect(&disconnect),
             Order::Events(_) => unreachable!("the door answers it by itself"),

@@ -49,6 +49,8 @@ pub(super) enum Refused {
         "{0} is being merged, or will be: wait for the end of that ('nbdsnap snapshot status' shows how far it is)"
     )]
     Merging(SnapshotName),
+    #[error("{0} cannot be merged: its disk is shared, and nobody writes it")]
+    MergeShared(SnapshotName),
     #[error("{0} is transient: what is merged is a persistent store")]
     MergeTransient(SnapshotName),
     #[error("{0} cannot be merged: {1}")]
@@ -83,6 +85,8 @@ pub(super) enum Refused {
     VolumeTwice(String),
     #[error("no volume is named")]
     NoVolumes,
+    #[error("{0}: a disk is read-only or shared, not both: snapshots of a shared one are written")]
+    ReadOnlyShared(String),
     #[error(
         "not all could be brought to rest within {0} seconds, and all go on: is a disk stalled, or a store full?"
     )]

@@ -11,7 +11,7 @@ use crate::control::protocol::{
     Answer, MergeReport, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
     WhenFull,
 };
-use crate::io::{ClientStatus, HostedStatus, VolumeId};
+use crate::io::{ClientStatus, HostedStatus, VolumeAccess, VolumeId};
 use crate::names;
 use crate::server::registry::{MergeState, SnapshotEntry, Suspension, VolumeEntry};
 
@@ -78,15 +78,8 @@ impl Administrator {
         let said = self.ask_shards()?;
         let volumes = self.registry.volumes.iter();
         let volumes = volumes.filter(|volume| wanted(&volume.name));
-        let volumes = volumes.map(|volume| VolumeReport {
-            name: volume.name.clone(),
-            disk: volume.origin.path.clone(),
-            bytes: volume.origin.bytes,
-            read_only: volume.origin.read_only,
-            suspended: volume.suspension != Suspension::Running,
-            snapshots: all_of(volume).map(|name| name.to_string()).collect(),
-            clients: said.clients_of(volume.id, View::Origin),
-        });
+        let clients = |volume: &VolumeEntry| said.clients_of(volume.id, View::Origin);
+        let volumes = volumes.map(|volume| volume.report(clients(volume)));
         Ok(Answer::Volumes(volumes.collect()))
     }
 
@@ -110,6 +103,22 @@ impl Administrator {
             said.clients.extend(self.wait(shard, &clients, None)?);
         }
         Ok(said)
+    }
+}
+
+impl VolumeEntry {
+    /// What is said of it, when so many clients are attached to its origin.
+    pub(super) fn report(&self, clients: u64) -> VolumeReport {
+        VolumeReport {
+            name: self.name.clone(),
+            disk: self.origin.path.clone(),
+            bytes: self.origin.bytes,
+            read_only: !self.origin.access.writes_origin(),
+            shared: self.origin.access == VolumeAccess::Shared,
+            suspended: self.suspension != Suspension::Running,
+            snapshots: all_of(self).map(|name| name.to_string()).collect(),
+            clients,
+        }
     }
 }
 

@@ -46,7 +46,7 @@ impl Administrator {
         let name = &reset.snapshot;
         let (_, id, entry) = self.find(name)?;
         let volume = self.registry.volume(&name.volume).expect("found above");
-        if volume.origin.read_only {
+        if !volume.origin.access.writes_stores() {
             return Err(Refused::ReadOnly(name.volume.clone()));
         }
         if let Some(merging) = volume.merging() {
