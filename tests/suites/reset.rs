@@ -175,7 +175,10 @@ fn is_an_instant(found: &[u8], before: &[u8], journal: &Journal, least: usize) -
     }
     let mut now = before.to_vec();
     let differs = |now: &[u8], at: usize| now[at..at + BLOCK] != found[at..at + BLOCK];
-    let mut wrong: Vec<bool> = (0..now.len()).step_by(BLOCK).map(|at| differs(&now, at)).collect();
+    let mut wrong: Vec<bool> = (0..now.len())
+        .step_by(BLOCK)
+        .map(|at| differs(&now, at))
+        .collect();
     let mut count = wrong.iter().filter(|&&wrong| wrong).count();
     for (done, &(at, number)) in journal.sent.iter().enumerate() {
         if done >= least && count == 0 {
@@ -277,8 +280,16 @@ fn a_disk_that_has_grown_is_taken_anew_with_its_new_length() {
         assert_ne!(before.ino(), after.ino());
         let grown = contents(&server, "vm");
         assert_eq!(grown.len(), DISK + GROWTH);
+        let times = |server: &Server| -> Vec<serde_json::Value> {
+            let list = done(server, &["snapshot", "list"]);
+            let list = list.as_array().expect("a list").clone();
+            list.iter().map(|one| one["taken_at"].clone()).collect()
+        };
+        let taken = times(&server);
+        assert!(taken.iter().all(serde_json::Value::is_u64), "{taken:?}");
         server.kill();
         let server = scene.start_again();
+        assert_eq!(times(&server), taken, "{memory:?}: when they were taken");
         assert!(
             contents(&server, "vm@s") == grown,
             "{memory:?}: the snapshot has {} bytes",

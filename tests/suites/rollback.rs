@@ -125,9 +125,11 @@ fn kills(test: &str, memory: Memory, rounds: usize) {
         );
         scene.write_some(&server, 300);
 
-        let words = ["snapshot", "merge", "vm@then", "--background"];
+        let deletes = scene.random.one_in(2);
+        let mut words = vec!["snapshot", "merge", "vm@then", "--background"];
+        words.extend(deletes.then_some("--delete-cow"));
         let begun = Instant::now();
-        let mut order = Running::start(&mut server.order_command(words));
+        let mut order = Running::start(&mut server.order_command(&words));
         if scene.random.one_in(3) {
             std::thread::sleep(Duration::from_micros(scene.random.below(20_000)));
         } else {
@@ -164,9 +166,10 @@ fn kills(test: &str, memory: Memory, rounds: usize) {
             after += usize::from(!goes_on);
         } else {
             before += 1;
-            done(&server, &["snapshot", "merge", "vm@then", "--background"]);
+            done(&server, &words);
             scene.disk.clone_from(&then);
         }
+        let ends_here = state_of(&server, "vm@then").is_some();
         // From the first instant on, and under whatever is copied behind it.
         assert!(
             contents(&server, "vm") == scene.disk,
@@ -192,7 +195,11 @@ fn kills(test: &str, memory: Memory, rounds: usize) {
             &server,
             &["snapshot", "remove", "vm@sibling", "--delete-cow"],
         );
-        gone(&scene.path("vm.img.then.cow"));
+        let cow = scene.path("vm.img.then.cow");
+        if ends_here {
+            assert_eq!(!cow.exists(), deletes, "round {round}: the store's file");
+        }
+        gone(&cow);
     }
     println!("{test}: {resumed} went on, {after} were done, {before} had not begun");
     assert!(resumed > 0, "no kill fell into a rollback");

@@ -13,7 +13,9 @@ use super::cow::{NewStore, Place, PlannedCow, refused};
 use super::identity::{Identity, Role, Taken};
 use super::open::lock;
 use super::store_io::{StoreDisk, sync_folder_of};
-use super::{Making, Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown};
+use super::{
+    Making, Note, Opened, Past, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown,
+};
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
 use crate::law;
@@ -26,8 +28,7 @@ struct Prepared {
     read_only: bool,
     kind: StoreKind,
     limit: Option<u64>,
-    merging: bool,
-    bytes: u64,
+    past: Past,
     behaviour: Option<Defaults>,
     disk: OpenDisk,
     work: Work,
@@ -146,8 +147,7 @@ fn prepare(
         kind,
         limit,
         adopted: _,
-        merging,
-        bytes,
+        past,
         behaviour,
         cow,
     } = snapshot;
@@ -166,8 +166,7 @@ fn prepare(
         read_only,
         kind,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         disk,
         work,
@@ -281,8 +280,7 @@ fn finish(
         read_only,
         kind,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         disk,
         work,
@@ -308,8 +306,7 @@ fn finish(
         fresh,
         read_only,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         scratch,
     })

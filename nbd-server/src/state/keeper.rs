@@ -121,8 +121,9 @@ impl<F: Files> Keeper<F> {
         };
         if let Some(folder) = keeper.folder.clone() {
             let advice = "; move it away to begin without what it knew";
-            let state = keeper.read(&folder.join(STATE), STATE, advice)?;
+            let state: Option<State> = keeper.read(&folder.join(STATE), STATE, advice)?;
             keeper.state = state.unwrap_or_default();
+            keeper.settle_anew()?;
             let advice = "; move it away once you have looked at what it names";
             if let Some(intent) = keeper.read(&folder.join(INTENT), INTENT, advice)? {
                 keeper.settle(&intent)?;
@@ -138,9 +139,27 @@ impl<F: Files> Keeper<F> {
 
     /// The list of a disk that exists; an empty one if there is none.
     pub fn list(&self, disk: &Path) -> Result<Attached, StateError> {
-        let path = self.list_path(disk)?;
-        let advice = "; if you are sure of the disk's stores, move it away";
-        Ok(self.read(&path, ATTACHED, advice)?.unwrap_or_default())
+        self.settled_list(&self.list_path(disk)?)
+    }
+
+    fn settled_list(&self, path: &Path) -> Result<Attached, StateError> {
+        let mut list = self.read_list(path)?;
+        for store in list.stores.iter_mut().filter(|one| one.anew.is_some()) {
+            store.settle_anew(self.identify(&store.cow)?);
+        }
+        Ok(list)
+    }
+
+    /// A crash may have fallen before or after the step in which a store was
+    /// exchanged for a new one.
+    fn settle_anew(&mut self) -> Result<(), StateError> {
+        let mut state = std::mem::take(&mut self.state);
+        let snapshots = state.volumes.iter_mut().flat_map(|one| &mut one.snapshots);
+        for snapshot in snapshots.filter(|one| one.anew.is_some()) {
+            snapshot.settle_anew(self.identify(&snapshot.cow)?);
+        }
+        self.state = state;
+        Ok(())
     }
 
     /// Where that list is or would be.
@@ -153,18 +172,7 @@ impl<F: Files> Keeper<F> {
     /// identity is told by [`Keeper::made`]) or gives up. Afterwards files may be
     /// made; no store may miss a write yet that did not miss it before.
     pub fn begin(&mut self, next: State, files: Vec<IntentFile>) -> Result<Change, StateError> {
-        // A volume that leaves the server leaves its disk's list as it is: the
-        // stores still belong to the disk.
-        let mut lists = Vec::new();
-        let before = self.state.lists();
-        for (&disk, list) in &next.lists() {
-            if before.get(disk) != Some(list) {
-                lists.push(IntentList {
-                    disk: disk.to_owned(),
-                    list: self.list_path(disk)?,
-                });
-            }
-        }
+        let lists = self.lists_that_change(&next)?;
         let change = Change {
             old: self.state.clone(),
             next,
@@ -194,6 +202,18 @@ impl<F: Files> Keeper<F> {
                     .map_err(system(&made_as, "looking at it"))?;
             }
         }
+        self.write_intent(&change.intent)
+    }
+
+    /// Have a change come to `next` instead, before it is committed: its first half
+    /// has brought to light what the records are to say.
+    pub fn amend(&mut self, change: &mut Change, next: State) -> Result<(), StateError> {
+        for list in self.lists_that_change(&next)? {
+            if !change.intent.lists.contains(&list) {
+                change.intent.lists.push(list);
+            }
+        }
+        change.next = next;
         self.write_intent(&change.intent)
     }
 
@@ -227,21 +247,38 @@ impl<F: Files> Keeper<F> {
     }
 
     /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
-    pub fn mark_lost(&mut self, disk: &Path, cow: &Path) -> Result<(), StateError> {
+    /// False: the list does not name it.
+    pub fn mark_lost(&mut self, disk: &Path, cow: &Path) -> Result<bool, StateError> {
         let path = self.list_path(disk)?;
-        let mut list = self.list(disk)?;
-        for store in &mut list.stores {
-            if store.cow == cow {
-                store.mark = Mark::Lost;
-            }
-        }
-        self.write_list(&path, &list)
+        let mut list = self.read_list(&path)?;
+        let Some(store) = list.stores.iter_mut().find(|store| store.cow == cow) else {
+            return Ok(false);
+        };
+        store.mark = Mark::Lost;
+        self.write_list(&path, &list)?;
+        Ok(true)
     }
 
     fn settle(&mut self, intent: &Intent) -> Result<(), StateError> {
         self.settle_lists(intent)?;
         self.delete_files(intent)?;
         self.forget_intent()
+    }
+
+    /// A volume that leaves the server leaves its disk's list as it is: the stores
+    /// still belong to the disk.
+    fn lists_that_change(&self, next: &State) -> Result<Vec<IntentList>, StateError> {
+        let mut lists = Vec::new();
+        let before = self.state.lists();
+        for (&disk, list) in &next.lists() {
+            if before.get(disk) != Some(list) {
+                lists.push(IntentList {
+                    disk: disk.to_owned(),
+                    list: self.list_path(disk)?,
+                });
+            }
+        }
+        Ok(lists)
     }
 
     /// Every list names what it named and what it will name.
@@ -261,7 +298,7 @@ impl<F: Files> Keeper<F> {
     /// Every list says what the state says; a store that is lost stays lost.
     fn settle_lists(&mut self, intent: &Intent) -> Result<(), StateError> {
         for IntentList { disk, list } in &intent.lists {
-            let now = self.read_list(list)?;
+            let now = self.settled_list(list)?;
             let mut lists = self.state.lists();
             let mut wanted = lists.remove(disk.as_path()).unwrap_or_default();
             for store in &mut wanted.stores {

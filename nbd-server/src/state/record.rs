@@ -6,22 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::attached::{Attached, AttachedStore, Mark};
+use super::attached::{Anew, Attached, AttachedStore, Mark};
 use super::files::{FileIdentity, beside};
 use super::seal;
-use crate::control::protocol::{Growth, WhenFull};
-
-/// P, PO or N, as it is written in records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// P.
-    Persistent,
-    /// PO.
-    Overflow,
-    /// N.
-    Transient,
-}
+use crate::control::protocol::{Growth, Kind, WhenFull};
 
 /// A snapshot that a server has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,9 +35,18 @@ pub struct SnapshotRecord {
     /// How it is extended by itself.
     #[serde(default)]
     pub auto_extend: Option<Growth>,
+    /// When that was, in seconds since 1970; none: nobody has written it down.
+    #[serde(default)]
+    pub taken_at: Option<u64>,
     /// It is being merged into its origin.
     #[serde(default)]
     pub merging: bool,
+    /// At the end of that its file is deleted.
+    #[serde(default)]
+    pub delete_cow: bool,
+    /// The file that is about to take the store's place.
+    #[serde(default)]
+    pub anew: Option<Anew>,
 }
 
 /// A volume that a server has.
@@ -119,11 +116,22 @@ impl State {
 }
 
 impl SnapshotRecord {
+    /// Settle a change of the store's file, given which one lies there.
+    pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
+        if let Some(anew) = self.anew.take().filter(|anew| Some(anew.file) == there) {
+            self.bytes = Some(anew.bytes);
+            self.taken_at = anew.taken_at;
+        }
+    }
+
     fn attached(&self) -> AttachedStore {
         AttachedStore {
             snapshot: self.name.clone(),
             cow: self.cow.clone(),
             bytes: self.bytes,
+            taken_at: self.taken_at,
+            delete_cow: self.delete_cow,
+            anew: self.anew,
             mark: if self.merging {
                 Mark::Merging
             } else {

@@ -10,8 +10,9 @@ use std::rc::Rc;
 use super::attached::{Attached, AttachedStore, Finding, Mark, Offered};
 use super::files::{FileIdentity, Files, SystemFiles, beside};
 use super::keeper::{Change, Keeper, StateError};
-use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
+use super::record::{IntentFile, SnapshotRecord, State, VolumeRecord};
 use super::seal::{self, SealError};
+use crate::control::protocol::Kind;
 
 /// A file of the simulated file system.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,7 +170,10 @@ fn snapshot(name: &str, cow: &str) -> SnapshotRecord {
         read_only: false,
         on_full: crate::control::protocol::WhenFull::Invalidate,
         auto_extend: None,
+        taken_at: Some(1_700_000_000),
         merging: false,
+        delete_cow: false,
+        anew: None,
     }
 }
 
@@ -416,7 +420,8 @@ fn a_lost_store_stays_lost_and_a_volume_that_leaves_keeps_its_list() {
     let files = prepared();
     let mut keeper = open(&files).unwrap();
     let (disk, cow) = (Path::new("/disks/a"), Path::new("/cows/old"));
-    keeper.mark_lost(disk, cow).unwrap();
+    assert!(!keeper.mark_lost(disk, Path::new("/cows/else")).unwrap());
+    assert!(keeper.mark_lost(disk, cow).unwrap());
     let next = state(&[old_one(), snapshot("y", "/cows/y")], &[]);
     let mut change = keeper.begin(next, Vec::new()).unwrap();
     keeper.commit(&mut change).unwrap();
@@ -438,6 +443,9 @@ fn store(name: &str, mark: Mark) -> AttachedStore {
         snapshot: name.into(),
         cow: format!("/cows/{name}").into(),
         bytes: None,
+        taken_at: None,
+        delete_cow: false,
+        anew: None,
         mark,
     }
 }
@@ -562,4 +570,30 @@ fn the_files_of_this_machine_do_the_same() {
     assert_eq!(keeper.state(), &next);
     assert!(at("disks/a.nbdsnap").exists());
     assert!(!at("state/intent").exists());
+}
+
+/// As programs wrote them before times were written down.
+#[test]
+fn older_records_are_read() {
+    let store = r#""cow": "/cows/a", "bytes": 4096"#;
+    let list = format!(r#"{{"stores": [{{"snapshot": "a", {store}, "mark": "merging"}}]}}"#);
+    let state = format!(
+        r#"{{"volumes": [{{"name": "vm", "disk": "/disks/vm", "snapshots": [
+            {{"name": "a", "kind": "overflow", "limit": null, {store}, "merging": true}}]}}]}}"#
+    );
+    let sealed = |what: &str, body: &str| {
+        let sum = crc32fast::hash(body.as_bytes());
+        format!("nbdsnap {what} 1 crc32 {sum:08x}\n{body}").into_bytes()
+    };
+    let list: Attached = seal::decode("attached", &sealed("attached", &list)).unwrap();
+    let [store] = &list.stores[..] else {
+        panic!("{list:?}");
+    };
+    assert_eq!((store.bytes, store.taken_at), (Some(4096), None));
+    assert_eq!((store.mark, store.delete_cow), (Mark::Merging, false));
+    let state: State = seal::decode("state", &sealed("state", &state)).unwrap();
+    let snapshot = &state.volumes[0].snapshots[0];
+    assert_eq!((snapshot.kind, snapshot.taken_at), (Kind::Overflow, None));
+    assert!(snapshot.merging && !snapshot.delete_cow);
+    assert_eq!(state.lists()[Path::new("/disks/vm")], list);
 }

@@ -11,7 +11,7 @@ use nbdsnap_engine::{OnFull, SnapshotId};
 use super::Administrator;
 use super::refusal::Refused;
 use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
-use crate::disks::{self, Note, SnapshotPlan, SnapshotRequest};
+use crate::disks::{self, Known, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::new_snapshot;
@@ -73,9 +73,12 @@ impl Administrator {
             Ok(held) => {
                 made.deed.keep();
                 log_notes(&made.notes);
-                self.enter(held);
+                let as_planned = self.enter(held);
                 self.publish();
                 self.keeper.finish(change)?;
+                if !as_planned {
+                    self.record(|_| ())?;
+                }
                 for name in &create.snapshots {
                     self.tell(EventKind::Created, name);
                 }
@@ -179,8 +182,7 @@ impl Administrator {
             format: false,
             adopt: false,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: Some(behaviour),
         };
         plan.add(&name.volume, origin, &request, &mut self.taken)?;
@@ -289,18 +291,23 @@ impl Administrator {
         }
     }
 
-    fn enter(&mut self, held: Vec<HeldPart>) {
+    /// The registry has the snapshots from now on. False: the records have them as
+    /// of another second, in which they were planned.
+    fn enter(&mut self, held: Vec<HeldPart>) -> bool {
         let taken = Taken::Live(now());
+        let mut as_planned = true;
         for part in held {
             let volume = self
                 .registry
                 .volume_mut(&part.name)
                 .expect("volumes stay while an order is executed");
             for (id, facts) in part.ids.into_iter().zip(part.facts) {
+                as_planned &= facts.taken_at == taken.at();
                 let entry = SnapshotEntry::new(id, taken, facts);
                 volume.snapshots.push(entry);
             }
         }
+        as_planned
     }
 }
 

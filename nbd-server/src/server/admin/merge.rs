@@ -13,6 +13,7 @@ use super::remove::clean_up;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
+use crate::disks::Merging;
 use crate::io::{News, NotMerged, VolumeOrder, What};
 use crate::server::registry::{MergeState, Suspension};
 use crate::state::record::State;
@@ -83,7 +84,7 @@ impl Administrator {
     ) -> Result<(), Refused> {
         let (shard, volume, entry) = self.find(name)?;
         let (snapshot, before) = (entry.id, entry.merge);
-        self.record_merging(name, true)?;
+        self.record_merging(name, Some(Merging { delete_cow }))?;
         // It vanishes from the lists before its clients are dropped.
         self.set_merge(name, MergeState::Begun { delete_cow });
         self.publish();
@@ -112,16 +113,21 @@ impl Administrator {
         self.set_merge(name, before);
         self.publish();
         if before == MergeState::None {
-            self.record_merging(name, false)?;
+            self.record_merging(name, None)?;
         }
         Err(refused)
     }
 
     /// The mark that a restart goes by (durability.md, rule 12).
-    fn record_merging(&mut self, name: &SnapshotName, merging: bool) -> Result<(), Refused> {
+    fn record_merging(
+        &mut self,
+        name: &SnapshotName,
+        merging: Option<Merging>,
+    ) -> Result<(), Refused> {
         self.record(|next| {
             if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-                one.merging = merging;
+                one.merging = merging.is_some();
+                one.delete_cow = merging.is_some_and(|merging| merging.delete_cow);
             }
         })
     }

@@ -28,11 +28,12 @@ use super::registry::{Registry, VolumeEntry};
 use super::setup::Defaults;
 use crate::control::door::Office;
 use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
-use crate::disks::Taken;
-use crate::io::{Herald, News, Shard, What};
+use crate::disks::{Taken, shown};
+use crate::io::{Herald, Loss, News, Shard, What};
 use crate::state::admission::state_with;
 use crate::state::files::SystemFiles;
 use crate::state::keeper::{Change, Keeper};
+use crate::state::place::settled;
 use crate::state::record::{IntentFile, State};
 use refusal::Refused;
 
@@ -45,6 +46,8 @@ enum Letter {
     Order(Order, oneshot::Sender<Outcome>),
     /// Something has happened that the registry has to follow.
     News(News),
+    /// A snapshot is lost, and the list of its disk's stores is to say so.
+    Loss(Loss),
     Stop,
 }
 
@@ -124,6 +127,11 @@ impl Herald for Crier {
             let _ = self.letters.send(Letter::News(news));
         }
     }
+
+    fn mark_lost(&self, loss: Loss) {
+        // Nobody there: it answers for itself when it is dropped.
+        let _ = self.letters.send(Letter::Loss(loss));
+    }
 }
 
 impl Administrator {
@@ -195,6 +203,7 @@ impl Administrator {
                     let _ = answer.send(outcome);
                 }
                 Letter::News(news) => self.hear(&news),
+                Letter::Loss(loss) => self.mark_lost(loss),
                 Letter::Stop => break,
             }
         }
@@ -220,6 +229,25 @@ impl Administrator {
             Order::Clients => self.report_clients(),
             Order::Disconnect(disconnect) => self.disconnect(&disconnect),
             Order::Events(_) => unreachable!("the door answers it by itself"),
+        }
+    }
+
+    /// Write a loss down in the list of the disk's stores (durability.md, rule 6).
+    fn mark_lost(&mut self, loss: Loss) {
+        let volumes = &self.registry.volumes;
+        let volume = volumes.iter().find(|volume| volume.id == loss.volume);
+        let entry = volume.and_then(|volume| {
+            let mut entries = volume.snapshots.iter();
+            let entry = entries.find(|entry| entry.id == loss.snapshot)?;
+            Some((settled(&volume.origin.path), settled(&entry.cow)))
+        });
+        let Some((disk, cow)) = entry else {
+            return;
+        };
+        match self.keeper.mark_lost(&disk, &cow) {
+            Ok(true) => loss.marked(),
+            Ok(false) => tracing::error!("{}: its disk does not list it", shown(&cow)),
+            Err(error) => tracing::error!("the loss of a snapshot is not marked: {error}"),
         }
     }
 

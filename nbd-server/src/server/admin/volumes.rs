@@ -12,7 +12,7 @@ use super::refusal::Refused;
 use crate::control::protocol::{
     Answer, EventKind, EventReport, SnapshotName, StoreToServe, VolumeAdd, VolumeRemove,
 };
-use crate::disks::{self, Opened, Plan, SnapshotRequest, VolumeRequest};
+use crate::disks::{self, Known, Opened, Plan, SnapshotRequest, VolumeRequest};
 use crate::io::{ClientStatus, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::{self, Moving};
@@ -236,8 +236,7 @@ fn request(store: &StoreToServe) -> SnapshotRequest {
         format: store.format,
         adopt: store.adopt,
         must_exist: false,
-        merging: false,
-        bytes: None,
+        known: Known::default(),
         behaviour: None,
     }
 }
