@@ -1,6 +1,7 @@
 //! Leads every change of what a server has through the steps of the module's
 //! page, and settles at a start what a crash interrupted.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use super::attached::{Attached, Mark};
 use super::files::{self, FileIdentity, Files};
 use super::folder::StateFolder;
 use super::place;
-use super::record::{Intent, IntentFile, IntentList, State};
+use super::record::{Intent, IntentFile, IntentList, State, VolumeRecord};
 use super::seal::{self, SealError};
 
 const ATTACHED: &str = "attached";
@@ -67,18 +68,31 @@ pub struct Keeper<F> {
     _lock: Option<StateFolder>,
     locate: Locate,
     state: State,
+    /// What the changes that are under way are about, by their numbers.
+    under_way: BTreeMap<u64, Intent>,
+    /// The number of the last change.
+    last: u64,
 }
 
 /// A change under way, between [`Keeper::begin`] and [`Keeper::finish`] or
-/// [`Keeper::abandon`].
+/// [`Keeper::abandon`]. Several may be, as long as they touch different volumes.
 #[derive(Debug)]
 #[must_use = "a change is finished or abandoned"]
 pub struct Change {
-    old: State,
-    next: State,
+    /// Its name among those that are under way.
+    number: u64,
+    /// The volumes that it touches, by name: before and after.
+    touched: BTreeMap<String, Touched>,
     intent: Intent,
     /// Whether the state may have been replaced.
     tried: bool,
+}
+
+/// What a change does to a volume's record.
+#[derive(Clone, Debug)]
+struct Touched {
+    old: Option<VolumeRecord>,
+    next: Option<VolumeRecord>,
 }
 
 impl Change {
@@ -118,6 +132,8 @@ impl<F: Files> Keeper<F> {
             _lock: None,
             locate,
             state: State::default(),
+            under_way: BTreeMap::new(),
+            last: 0,
         };
         if let Some(folder) = keeper.folder.clone() {
             let advice = "; move it away to begin without what it knew";
@@ -170,16 +186,21 @@ impl<F: Files> Keeper<F> {
 
     /// Begin the change to `next`. `files` are those that it makes (their
     /// identity is told by [`Keeper::made`]) or gives up. Afterwards files may be
-    /// made; no store may miss a write yet that did not miss it before.
+    /// made; no store may miss a write yet that did not miss it before. What `next`
+    /// has of volumes that another change touches must be what is recorded.
     pub fn begin(&mut self, next: State, files: Vec<IntentFile>) -> Result<Change, StateError> {
         let lists = self.lists_that_change(&next)?;
+        self.last += 1;
         let change = Change {
-            old: self.state.clone(),
-            next,
+            number: self.last,
+            touched: self.touched(&next),
             intent: Intent { lists, files },
             tried: false,
         };
-        self.write_intent(&change.intent)?;
+        if let Err(error) = self.note(&change) {
+            self.under_way.remove(&change.number);
+            return Err(error);
+        }
         if let Err(error) = self.join_lists(&change) {
             // The first error is the one to tell of.
             let _ = self.abandon(change);
@@ -202,7 +223,7 @@ impl<F: Files> Keeper<F> {
                     .map_err(system(&made_as, "looking at it"))?;
             }
         }
-        self.write_intent(&change.intent)
+        self.note(change)
     }
 
     /// Have a change come to `next` instead, before it is committed: its first half
@@ -213,8 +234,8 @@ impl<F: Files> Keeper<F> {
                 change.intent.lists.push(list);
             }
         }
-        change.next = next;
-        self.write_intent(&change.intent)
+        change.touched = self.touched(&next);
+        self.note(change)
     }
 
     /// The state takes effect. When this returns, stores that have left their
@@ -222,28 +243,29 @@ impl<F: Files> Keeper<F> {
     /// is to be abandoned.
     pub fn commit(&mut self, change: &mut Change) -> Result<(), StateError> {
         change.tried = true;
-        self.write_state(&change.next)?;
-        self.state = change.next.clone();
+        let next = self.state_after(change);
+        self.write_state(&next)?;
+        self.state = next;
         self.settle_lists(&change.intent)
     }
 
     /// Everything that follows from the commit has happened: delete what was
     /// given up, and forget the intent.
     pub fn finish(&mut self, change: Change) -> Result<(), StateError> {
-        let Change { intent, .. } = change;
-        self.delete_files(&intent)?;
-        self.forget_intent()
+        self.delete_files(&change.intent)?;
+        self.forget(change.number)
     }
 
     /// Back to how it was before: lists, state, and files that were made.
     pub fn abandon(&mut self, change: Change) -> Result<(), StateError> {
         if change.tried {
-            self.write_state(&change.old)?;
+            let old = self.state_with(&change.touched, |touched| &touched.old);
+            self.write_state(&old)?;
+            self.state = old;
         }
-        self.state = change.old;
         self.settle_lists(&change.intent)?;
         self.delete_files(&change.intent)?;
-        self.forget_intent()
+        self.forget(change.number)
     }
 
     /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
@@ -262,7 +284,39 @@ impl<F: Files> Keeper<F> {
     fn settle(&mut self, intent: &Intent) -> Result<(), StateError> {
         self.settle_lists(intent)?;
         self.delete_files(intent)?;
-        self.forget_intent()
+        self.write_intent()
+    }
+
+    /// How `next` differs from what is recorded.
+    fn touched(&self, next: &State) -> BTreeMap<String, Touched> {
+        let (old, next) = (self.state.by_name(), next.by_name());
+        let names = old.keys().chain(next.keys());
+        let differ = names.filter(|name| old.get(**name) != next.get(**name));
+        differ
+            .map(|name| {
+                let of = |state: &BTreeMap<&str, &VolumeRecord>| state.get(name).copied().cloned();
+                let (old, next) = (of(&old), of(&next));
+                ((*name).to_owned(), Touched { old, next })
+            })
+            .collect()
+    }
+
+    /// The state once a change is committed.
+    fn state_after(&self, change: &Change) -> State {
+        self.state_with(&change.touched, |touched| &touched.next)
+    }
+
+    /// What is recorded, but of the volumes that are touched one side or the other.
+    fn state_with(
+        &self,
+        touched: &BTreeMap<String, Touched>,
+        side: impl Fn(&Touched) -> &Option<VolumeRecord>,
+    ) -> State {
+        let mut state = self.state.clone();
+        for (name, touched) in touched {
+            state.put(name, side(touched).clone());
+        }
+        state
     }
 
     /// A volume that leaves the server leaves its disk's list as it is: the stores
@@ -283,7 +337,8 @@ impl<F: Files> Keeper<F> {
 
     /// Every list names what it named and what it will name.
     fn join_lists(&mut self, change: &Change) -> Result<(), StateError> {
-        let wanted = change.next.lists();
+        let next = self.state_after(change);
+        let wanted = next.lists();
         for IntentList { disk, list } in &change.intent.lists {
             let now = self.read_list(list)?;
             let both = match wanted.get(disk.as_path()) {
@@ -378,20 +433,35 @@ impl<F: Files> Keeper<F> {
         files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
     }
 
-    fn write_intent(&mut self, intent: &Intent) -> Result<(), StateError> {
-        let Some(folder) = &self.folder else {
-            return Ok(());
-        };
-        let path = folder.join(INTENT);
-        let bytes = seal::encode(INTENT, intent);
-        files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
+    /// Write down what a change is about.
+    fn note(&mut self, change: &Change) -> Result<(), StateError> {
+        let intent = change.intent.clone();
+        self.under_way.insert(change.number, intent);
+        self.write_intent()
     }
 
-    fn forget_intent(&mut self) -> Result<(), StateError> {
+    /// A change is over.
+    fn forget(&mut self, number: u64) -> Result<(), StateError> {
+        self.under_way.remove(&number);
+        self.write_intent()
+    }
+
+    /// One record for all changes that are under way: they are settled by the same
+    /// rule. None is no file.
+    fn write_intent(&mut self) -> Result<(), StateError> {
         let Some(folder) = &self.folder else {
             return Ok(());
         };
         let path = folder.join(INTENT);
-        files::remove(&mut self.files, &path).map_err(system(&path, "deleting it"))
+        if self.under_way.is_empty() {
+            return files::remove(&mut self.files, &path).map_err(system(&path, "deleting it"));
+        }
+        let mut all = Intent::default();
+        for intent in self.under_way.values() {
+            all.lists.extend(intent.lists.iter().cloned());
+            all.files.extend(intent.files.iter().cloned());
+        }
+        let bytes = seal::encode(INTENT, &all);
+        files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
     }
 }

@@ -91,6 +91,25 @@ impl State {
         lists
     }
 
+    /// The volumes by their names.
+    pub fn by_name(&self) -> BTreeMap<&str, &VolumeRecord> {
+        let volumes = self.volumes.iter();
+        volumes
+            .map(|volume| (volume.name.as_str(), volume))
+            .collect()
+    }
+
+    /// Have a volume in its place, or behind the others; or not at all.
+    pub fn put(&mut self, name: &str, volume: Option<VolumeRecord>) {
+        let place = self.volumes.iter().position(|one| one.name == name);
+        match (place, volume) {
+            (Some(place), Some(volume)) => self.volumes[place] = volume,
+            (Some(place), None) => drop(self.volumes.remove(place)),
+            (None, Some(volume)) => self.volumes.push(volume),
+            (None, None) => {}
+        }
+    }
+
     /// A snapshot, by the names of its volume and its own.
     pub fn snapshot_mut(&mut self, volume: &str, snapshot: &str) -> Option<&mut SnapshotRecord> {
         let mut volumes = self.volumes.iter_mut();

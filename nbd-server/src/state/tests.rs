@@ -597,3 +597,43 @@ fn older_records_are_read() {
     assert!(snapshot.merging && !snapshot.delete_cow);
     assert_eq!(state.lists()[Path::new("/disks/vm")], list);
 }
+
+/// Two changes at a time, of two volumes: each is done or undone by itself, whatever
+/// the power leaves of the other.
+fn two_at_a_time(keeper: &mut Keeper<SimFiles>, files: &mut SimFiles) -> Result<(), StateError> {
+    let a = state(&[old_one(), snapshot("x", "/cows/ax")], &[]);
+    let mut first = make(keeper, files, a, &["/cows/ax"])?;
+    let b = state(&[old_one()], &[snapshot("x", "/cows/bx")]);
+    let mut second = make(keeper, files, b, &["/cows/bx"])?;
+    keeper.commit(&mut second)?;
+    keeper.finish(second)?;
+    keeper.commit(&mut first)?;
+    keeper.finish(first)
+}
+
+#[test]
+fn changes_of_two_volumes_pass_each_other_by() {
+    let (old, new) = cut_everywhere(two_at_a_time);
+    assert!(old > 0 && new > 0);
+    let mut files = prepared();
+    let mut keeper = open(&files).unwrap();
+    two_at_a_time(&mut keeper, &mut files).unwrap();
+    let both = state(
+        &[old_one(), snapshot("x", "/cows/ax")],
+        &[snapshot("x", "/cows/bx")],
+    );
+    assert_eq!(*keeper.state(), both);
+
+    // What one gives up takes nothing of the other back.
+    let without_a = state(&[old_one()], &[snapshot("x", "/cows/bx")]);
+    let mut first = keeper.begin(without_a, Vec::new()).unwrap();
+    keeper.commit(&mut first).unwrap();
+    let without_b = state(&[old_one()], &[]);
+    let mut second = keeper.begin(without_b.clone(), Vec::new()).unwrap();
+    keeper.commit(&mut second).unwrap();
+    keeper.abandon(first).unwrap();
+    assert_eq!(keeper.state().volumes[0], both.volumes[0]);
+    assert_eq!(keeper.state().volumes[1], without_b.volumes[1]);
+    keeper.finish(second).unwrap();
+    assert!(!files.has("/state/intent"));
+}

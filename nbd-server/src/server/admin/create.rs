@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use nbdsnap_engine::{OnFull, SnapshotId};
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
 use crate::disks::{self, Known, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
@@ -39,7 +39,7 @@ pub(super) struct HeldPart {
     pub(super) facts: Vec<SnapshotFacts>,
 }
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn create(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
         self.check_creation(create)?;
         let mut plan = SnapshotPlan::default();
@@ -56,11 +56,12 @@ impl Administrator {
                 return Err(refused);
             }
         };
+        let books = &mut **self;
         let mut making = Recorded {
-            keeper: &mut self.keeper,
+            keeper: &mut books.keeper,
             change: &mut change,
         };
-        let made = match plan.carry_out(&mut self.taken, &mut making) {
+        let made = match plan.carry_out(&mut books.taken, &mut making) {
             Ok(made) => made,
             Err(refusal) => {
                 self.forget(change);
@@ -168,9 +169,10 @@ impl Administrator {
         name: &SnapshotName,
         plan: &mut SnapshotPlan,
     ) -> Result<(), Refused> {
-        let volume = self.registry.volume(&name.volume).expect("checked before");
-        let origin = &volume.origin;
         let behaviour = self.behaviour(create);
+        let books = &mut **self;
+        let volume = books.registry.volume(&name.volume).expect("checked before");
+        let origin = &volume.origin;
         let beside = || disks::default_cow(origin, &name.snapshot);
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
@@ -185,7 +187,7 @@ impl Administrator {
             known: Known::default(),
             behaviour: Some(behaviour),
         };
-        plan.add(&name.volume, origin, &request, &mut self.taken)?;
+        plan.add(&name.volume, origin, &request, &mut books.taken)?;
         Ok(())
     }
 
@@ -261,7 +263,7 @@ impl Administrator {
 
     /// Take the instant that the volumes hold, all of them before any answer is
     /// waited for.
-    fn take(&self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
+    fn take(&mut self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
             let (taken, answer) = channel();
@@ -278,7 +280,7 @@ impl Administrator {
     }
 
     /// Give the instant up, and wait until nobody uses the stores any more.
-    fn abandon(&self, places: &[(usize, VolumeId)]) {
+    fn abandon(&mut self, places: &[(usize, VolumeId)]) {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
             let (abandoned, answer) = channel();

@@ -10,18 +10,19 @@ use nbdsnap_engine::StoreKind;
 use super::Administrator;
 use super::refusal::Refused;
 use super::remove::clean_up;
+use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
 use crate::disks::Merging;
 use crate::io::{News, NotMerged, VolumeOrder, What};
-use crate::server::registry::{MergeState, Suspension};
+use crate::server::registry::{MergeState, SnapshotEntry, Suspension};
 use crate::state::record::State;
 
 /// A disk comes to rest within this time, mostly.
 const BEGIN: Duration = Duration::from_mins(1);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn merge(&mut self, merge: &SnapshotMerge) -> Result<Answer, Refused> {
         let name = &merge.snapshot;
         let (_, volume, entry) = self.find(name)?;
@@ -209,5 +210,22 @@ impl Administrator {
                 self.tell(EventKind::MergeFailed, &name);
             }
         }
+    }
+}
+
+impl Administrator {
+    /// The volume of which there may be something to follow.
+    pub(super) fn concerned(&self, news: &News) -> Option<String> {
+        let mut volumes = self.registry.volumes.iter();
+        let volume = volumes.find(|volume| volume.id == news.volume)?;
+        let waits = |entry: &SnapshotEntry| matches!(entry.merge, MergeState::Waiting { .. });
+        let follows = match news.what {
+            What::Merged => true,
+            What::ClientWent { .. } => {
+                news.snapshot.is_none() && volume.snapshots.iter().any(waits)
+            }
+            _ => false,
+        };
+        follows.then(|| volume.name.clone())
     }
 }

@@ -1,8 +1,11 @@
-//! The administrator: one thread that executes orders one after the other, and
-//! owns the registry. What takes long to make (stores, checks) is made here,
-//! before a volume is held; what a volume has to do is ordered from its thread,
-//! with a deadline.
+//! The administrator: a thread that has orders executed, each on a thread of its own,
+//! and the books: registry, records, files in use. Whoever has the books works alone
+//! ([`turn`]); an order that waits for long lays them down, so that looks, clients'
+//! ends and orders on other volumes do not wait behind it, while those on the same
+//! volume do ([`claims`]). What takes long to make (stores, checks) is made before a
+//! volume is held; what a volume has to do is ordered from its thread, with a deadline.
 
+mod claims;
 mod clients;
 mod create;
 mod merge;
@@ -13,32 +16,33 @@ mod report;
 mod reset;
 mod resize;
 mod suspend;
+#[cfg(test)]
+mod tests;
+mod turn;
 mod volumes;
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::thread::{JoinHandle, Scope as Threads};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
 use super::events::{Events, event_of};
-use super::registry::{Registry, VolumeEntry};
+use super::registry::Registry;
 use super::setup::Defaults;
 use crate::control::door::Office;
 use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
 use crate::disks::{Taken, shown};
 use crate::io::{Herald, Loss, News, Shard, What};
-use crate::state::admission::state_with;
 use crate::state::files::SystemFiles;
 use crate::state::keeper::{Change, Keeper};
 use crate::state::place::settled;
 use crate::state::record::{IntentFile, State};
+use claims::{Claims, Scope};
 use refusal::Refused;
-
-/// How often a thread that does not answer is looked after.
-const LOOK_AFTER: Duration = Duration::from_millis(50);
+use turn::{Shared, Turn};
 
 /// What reaches the administrator.
 #[derive(Debug)]
@@ -48,6 +52,8 @@ enum Letter {
     News(News),
     /// A snapshot is lost, and the list of its disk's stores is to say so.
     Loss(Loss),
+    /// An order has ended: it may have left something to be done in time.
+    Ended,
     Stop,
 }
 
@@ -162,74 +168,25 @@ impl Administrator {
     }
 
     /// Begin to execute orders.
-    pub(super) fn start(self) -> std::io::Result<Admin> {
+    pub(super) fn start(mut self) -> std::io::Result<Admin> {
         let letters = self.mailroom.letters.clone();
+        let mailroom = std::mem::take(&mut self.mailroom);
         let events = Arc::clone(&self.events);
+        let shared = Shared {
+            books: Mutex::new(self),
+            claims: Claims::default(),
+        };
         let builder = std::thread::Builder::new().name("administrator".into());
-        let thread = builder.spawn(move || self.work())?;
+        let thread = builder.spawn(move || {
+            std::thread::scope(|threads| work(&shared, &mailroom, threads));
+            let books = shared.books.into_inner();
+            books.expect("no order panics").registry
+        })?;
         Ok(Admin {
             letters,
             thread,
             events,
         })
-    }
-
-    fn work(mut self) -> Registry {
-        loop {
-            let letter = match self.next_resumption() {
-                None => match self.mailroom.inbox.recv() {
-                    Ok(letter) => letter,
-                    Err(_) => break,
-                },
-                Some(at) => {
-                    let left = at.saturating_duration_since(Instant::now());
-                    match self.mailroom.inbox.recv_timeout(left) {
-                        Ok(letter) => letter,
-                        Err(RecvTimeoutError::Timeout) => {
-                            self.resume_in_time();
-                            continue;
-                        }
-                        Err(RecvTimeoutError::Disconnected) => break,
-                    }
-                }
-            };
-            match letter {
-                Letter::Order(order, answer) => {
-                    let outcome = match self.execute(order) {
-                        Ok(answer) => Outcome::Done(answer),
-                        Err(refused) => Outcome::Refused(refused.to_string()),
-                    };
-                    // Whoever asked may have gone.
-                    let _ = answer.send(outcome);
-                }
-                Letter::News(news) => self.hear(&news),
-                Letter::Loss(loss) => self.mark_lost(loss),
-                Letter::Stop => break,
-            }
-        }
-        self.registry
-    }
-
-    fn execute(&mut self, order: Order) -> Result<Answer, Refused> {
-        match order {
-            Order::SnapshotCreate(create) => self.create(&create),
-            Order::SnapshotList(selection) => self.report_snapshots(&selection),
-            Order::SnapshotRemove(remove) => self.remove(&remove),
-            Order::SnapshotExtend(extend) => self.extend(&extend),
-            Order::Suspend(suspend) => self.suspend(&suspend),
-            Order::Resume(resume) => self.resume(&resume),
-            Order::VolumeResize(resize) => self.resize(&resize),
-            Order::SnapshotMerge(merge) => self.merge(&merge),
-            Order::SnapshotCancel(cancel) => self.cancel(&cancel),
-            Order::SnapshotRename(rename) => self.rename(&rename),
-            Order::SnapshotReset(reset) => self.reset(&reset),
-            Order::VolumeList => self.report_volumes(&|_| true),
-            Order::VolumeAdd(add) => self.add_volume(&add),
-            Order::VolumeRemove(remove) => self.remove_volume(&remove),
-            Order::Clients => self.report_clients(),
-            Order::Disconnect(disconnect) => self.disconnect(&disconnect),
-            Order::Events(_) => unreachable!("the door answers it by itself"),
-        }
     }
 
     /// Write a loss down in the list of the disk's stores (durability.md, rule 6).
@@ -251,11 +208,48 @@ impl Administrator {
         }
     }
 
-    /// What the records should say: all that is served, and what a start could not
-    /// serve.
-    fn recorded(&self) -> State {
-        let volumes = self.registry.volumes.iter();
-        state_with(&self.keeper, volumes.map(VolumeEntry::record).collect())
+    /// Take a change back that comes to nothing.
+    fn forget(&mut self, change: Change) {
+        if let Err(error) = self.keeper.abandon(change) {
+            tracing::error!("what was begun could not be taken back: {error}");
+        }
+    }
+
+    /// Have clients see what the registry has.
+    fn publish(&self) {
+        let exports = self.registry.exports();
+        self.directory
+            .publish(exports.expect("names were checked when they came"));
+    }
+
+    /// Tell followers of what has happened to a snapshot.
+    fn tell(&self, event: EventKind, name: &SnapshotName) {
+        let event = EventReport::new(event).of_volume(&name.volume);
+        self.events.publish(event.of_snapshot(&name.snapshot));
+    }
+}
+
+impl Turn<'_> {
+    fn execute(&mut self, order: Order) -> Result<Answer, Refused> {
+        match order {
+            Order::SnapshotCreate(create) => self.create(&create),
+            Order::SnapshotList(selection) => self.report_snapshots(&selection),
+            Order::SnapshotRemove(remove) => self.remove(&remove),
+            Order::SnapshotExtend(extend) => self.extend(&extend),
+            Order::Suspend(suspend) => self.suspend(&suspend),
+            Order::Resume(resume) => self.resume(&resume),
+            Order::VolumeResize(resize) => self.resize(&resize),
+            Order::SnapshotMerge(merge) => self.merge(&merge),
+            Order::SnapshotCancel(cancel) => self.cancel(&cancel),
+            Order::SnapshotRename(rename) => self.rename(&rename),
+            Order::SnapshotReset(reset) => self.reset(&reset),
+            Order::VolumeList => self.report_volumes(&|_| true),
+            Order::VolumeAdd(add) => self.add_volume(&add),
+            Order::VolumeRemove(remove) => self.remove_volume(&remove),
+            Order::Clients => self.report_clients(),
+            Order::Disconnect(disconnect) => self.disconnect(&disconnect),
+            Order::Events(_) => unreachable!("the door answers it by itself"),
+        }
     }
 
     /// Record a change that makes no file, before it takes effect.
@@ -279,50 +273,74 @@ impl Administrator {
         }
         Ok(change)
     }
+}
 
-    /// Take a change back that comes to nothing.
-    fn forget(&mut self, change: Change) {
-        if let Err(error) = self.keeper.abandon(change) {
-            tracing::error!("what was begun could not be taken back: {error}");
-        }
-    }
-
-    /// Have clients see what the registry has.
-    fn publish(&self) {
-        let exports = self.registry.exports();
-        self.directory
-            .publish(exports.expect("names were checked when they came"));
-    }
-
-    /// Tell followers of what has happened to a snapshot.
-    fn tell(&self, event: EventKind, name: &SnapshotName) {
-        let event = EventReport::new(event).of_volume(&name.volume);
-        self.events.publish(event.of_snapshot(&name.snapshot));
-    }
-
-    /// Wait for a volume's thread.
-    fn wait<T>(
-        &self,
-        shard: usize,
-        answer: &Receiver<T>,
-        until: Option<Instant>,
-    ) -> Result<T, Refused> {
-        loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let wait = left.map_or(LOOK_AFTER, |left| left.min(LOOK_AFTER));
-            match answer.recv_timeout(wait) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Err(Refused::Stopping),
-                Err(RecvTimeoutError::Timeout) => {
-                    if self.shards[shard].has_ended() {
-                        return Err(Refused::Stopping);
+/// Have everything done that comes, until it is to stop and all orders have ended.
+fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Threads<'scope, '_>) {
+    while let Some(letter) = next_letter(shared, mailroom) {
+        match letter {
+            Letter::Order(order, answer) => {
+                in_a_thread(threads, mailroom, move || {
+                    let scope = Scope::of(&order);
+                    // Not answered: the server is stopping.
+                    if let Some(mut turn) = shared.turn(scope) {
+                        let outcome = match turn.execute(order) {
+                            Ok(answer) => Outcome::Done(answer),
+                            Err(refused) => Outcome::Refused(refused.to_string()),
+                        };
+                        drop(turn);
+                        // Whoever asked may have gone.
+                        let _ = answer.send(outcome);
                     }
-                    if left.is_some_and(|left| left.is_zero()) {
-                        return Err(Refused::TooSlow);
-                    }
+                });
+            }
+            Letter::News(news) => {
+                let concerned = shared.books().concerned(&news);
+                if let Some(volume) = concerned {
+                    in_a_thread(threads, mailroom, move || {
+                        if let Some(mut turn) = shared.turn(Scope::volume(&volume)) {
+                            turn.hear(&news);
+                        }
+                    });
                 }
             }
+            Letter::Loss(loss) => shared.books().mark_lost(loss),
+            Letter::Ended => {}
+            Letter::Stop => break,
         }
+    }
+    shared.claims.close();
+}
+
+/// The next letter; `None`: there will be no more. Meanwhile volumes go on that are to.
+fn next_letter(shared: &Shared, mailroom: &Mailroom) -> Option<Letter> {
+    loop {
+        let Some(at) = shared.books().next_resumption() else {
+            return mailroom.inbox.recv().ok();
+        };
+        let left = at.saturating_duration_since(Instant::now());
+        match mailroom.inbox.recv_timeout(left) {
+            Ok(letter) => return Some(letter),
+            Err(RecvTimeoutError::Timeout) => shared.books().resume_in_time(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+}
+
+/// Do what may have to wait.
+fn in_a_thread<'scope>(
+    threads: &'scope Threads<'scope, '_>,
+    mailroom: &Mailroom,
+    what: impl FnOnce() + Send + 'scope,
+) {
+    let letters = mailroom.letters.clone();
+    let builder = std::thread::Builder::new().name("order".into());
+    let begun = builder.spawn_scoped(threads, move || {
+        what();
+        let _ = letters.send(Letter::Ended);
+    });
+    if let Err(error) = begun {
+        tracing::error!("an order cannot be executed: {error}");
     }
 }
 
@@ -340,7 +358,7 @@ impl Admin {
         self.thread.is_finished()
     }
 
-    /// Finish the order that is being executed, refuse the others, and end.
+    /// Finish the orders that are being executed, refuse the others, and end.
     pub(super) fn stop(self) -> Option<Registry> {
         let _ = self.letters.send(Letter::Stop);
         self.thread.join().ok()

@@ -15,10 +15,10 @@ use std::time::Instant;
 use nbdsnap_engine::{SnapshotId, StoreKind, View};
 use nbdsnap_format::{ChunkSize, Header};
 
-use super::Administrator;
 use super::create::{HeldPart, Part, log_notes};
 use super::refusal::Refused;
 use super::remove::LEAVE;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotReset};
 use crate::disks::{Deed, Known, Made, SnapshotPlan, SnapshotRequest, Unrecorded};
 use crate::io::VolumeOrder;
@@ -41,13 +41,14 @@ enum Exchanged {
     InDoubt(io::Error),
 }
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn reset(&mut self, reset: &SnapshotReset) -> Result<Answer, Refused> {
         let name = &reset.snapshot;
         self.check_reset(reset)?;
         let old = self.find(name)?.2.id;
         let file = IntentFile::to_make(settled(&self.find(name)?.2.cow));
-        let mut change = self.keeper.begin(self.recorded(), vec![file.clone()])?;
+        let recorded = self.recorded();
+        let mut change = self.keeper.begin(recorded, vec![file.clone()])?;
         let mut exchanged = None;
         if let Err(refused) = self.make_and_exchange(name, &file, &mut change, &mut exchanged) {
             // Once the new store has the name, only a start can tell what has come of it.
@@ -69,7 +70,7 @@ impl Administrator {
         }
     }
 
-    fn check_reset(&self, reset: &SnapshotReset) -> Result<(), Refused> {
+    fn check_reset(&mut self, reset: &SnapshotReset) -> Result<(), Refused> {
         let name = &reset.snapshot;
         let (_, id, entry) = self.find(name)?;
         let volume = self.registry.volume(&name.volume).expect("found above");
@@ -197,8 +198,9 @@ impl Administrator {
         request: &SnapshotRequest,
     ) -> Result<Made, Refused> {
         let mut plan = SnapshotPlan::default();
-        let volume = self.registry.volume(&name.volume).expect("found before");
-        plan.add(&name.volume, &volume.origin, request, &mut self.taken)?;
+        let books = &mut **self;
+        let volume = books.registry.volume(&name.volume).expect("found before");
+        plan.add(&name.volume, &volume.origin, request, &mut books.taken)?;
         Ok(plan.carry_out(&mut self.taken, &mut Unrecorded)?)
     }
 

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use nbdsnap_engine::View;
 
-use super::Administrator;
 use super::create::log_notes;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, EventReport, SnapshotName, StoreToServe, VolumeAdd, VolumeRemove,
 };
 use crate::disks::{self, Known, Opened, Plan, SnapshotRequest, VolumeRequest};
-use crate::io::{ClientStatus, VolumeId, VolumeOrder};
+use crate::io::{ClientStatus, Shard, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::{self, Moving};
 use crate::server::registry::VolumeEntry;
@@ -24,7 +24,7 @@ use crate::state::keeper::Change;
 /// A volume that closes has this long.
 const LEAVE: Duration = Duration::from_mins(1);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn add_volume(&mut self, add: &VolumeAdd) -> Result<Answer, Refused> {
         self.check_addition(add)?;
         let request = VolumeRequest {
@@ -97,11 +97,12 @@ impl Administrator {
     }
 
     fn make_and_host(&mut self, plan: Plan, change: &mut Change) -> Result<(), Refused> {
+        let books = &mut **self;
         let mut making = Recorded {
-            keeper: &mut self.keeper,
+            keeper: &mut books.keeper,
             change,
         };
-        let Opened { volumes, notes } = plan.carry_out(&mut self.taken, &mut making)?;
+        let Opened { volumes, notes } = plan.carry_out(&mut books.taken, &mut making)?;
         log_notes(&notes);
         for volume in volumes {
             self.host(volume)?;
@@ -163,13 +164,13 @@ impl Administrator {
         let missing = || Refused::NoVolume(name.clone());
         let volume = self.registry.volume(name).ok_or_else(missing)?;
         let (id, shard) = (volume.id, volume.shard);
-        let answer = self.report_volumes(&|one| one == name)?;
         if let Some(merging) = volume.merging() {
             return Err(Refused::Merging(SnapshotName {
                 volume: name.clone(),
                 snapshot: merging.name.clone(),
             }));
         }
+        let answer = self.report_volumes(&|one| one == name)?;
         let clients = self.clients_of(id)?;
         if clients > 0 && !remove.force {
             return Err(Refused::InUse(name.clone(), clients));
@@ -203,22 +204,23 @@ impl Administrator {
     }
 
     /// Clients attached to a volume or to one of its snapshots.
-    fn clients_of(&self, volume: VolumeId) -> Result<u64, Refused> {
+    fn clients_of(&mut self, volume: VolumeId) -> Result<u64, Refused> {
         self.count_clients(|client| client.volume == volume)
     }
 
     /// Clients attached to a volume itself.
-    pub(super) fn origin_clients(&self, volume: VolumeId) -> Result<u64, Refused> {
+    pub(super) fn origin_clients(&mut self, volume: VolumeId) -> Result<u64, Refused> {
         self.count_clients(|client| client.volume == volume && client.view == View::Origin)
     }
 
     pub(super) fn count_clients(
-        &self,
+        &mut self,
         counts: impl Fn(&ClientStatus) -> bool,
     ) -> Result<u64, Refused> {
         let mut count = 0;
-        for (number, shard) in self.shards.iter().enumerate() {
-            let clients = self.wait(number, &shard.clients(), None)?;
+        let asked: Vec<_> = self.shards.iter().map(Shard::clients).collect();
+        for (shard, answer) in asked.into_iter().enumerate() {
+            let clients = self.wait(shard, &answer, None)?;
             count += clients.iter().filter(|one| counts(one)).count() as u64;
         }
         Ok(count)
