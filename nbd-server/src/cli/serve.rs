@@ -149,8 +149,9 @@ COW stores:
                        up to what the disk can ever need, or to size=. A file of zeros
                        keeps its length as its first size. Zeros means: the first and
                        the last 128 KiB are.
-    a store            is opened, whoever made it (the kernel's dm-snapshot, LVM, this
-                       program): the snapshot goes on where it was.
+    a store            is opened, and the snapshot goes on where it was. One that the
+                       kernel's dm-snapshot or LVM made, or that was used elsewhere,
+                       needs 'adopt' the first time (below).
     anything else      is refused and left alone; the message says what it is.
   A store belongs to its disk: it must see every write to it. The disk's stores are
   listed in DISK.nbdsnap beside it (for a block device, in the folder of --state, else

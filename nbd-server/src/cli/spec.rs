@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nbdsnap_engine::StoreKind;
 
 use super::size::{self, SizeError};
-use crate::disks::{SnapshotRequest, VolumeRequest, shown};
+use crate::disks::{Known, SnapshotRequest, VolumeRequest, shown};
 use crate::io::VolumeAccess;
 use crate::names;
 
@@ -278,8 +278,7 @@ pub(super) fn assemble(
             format: snapshot.format,
             adopt: snapshot.adopt,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: None,
         });
     }

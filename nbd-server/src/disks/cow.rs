@@ -271,7 +271,7 @@ fn open_store(
     }
     if store.is_invalid() {
         notes.push(Note::Warning(format!(
-            "{path}: this snapshot is invalid: it was lost in an earlier run, and reading it fails"
+            "{path}: this snapshot is invalid: it was lost in an earlier run, and reading it fails; take it anew ('nbdsnap snapshot reset'), or end it ('snapshot remove', or --without {path} at a start)"
         )));
     }
     match store.torn_area() {

@@ -4,7 +4,7 @@
 use super::cow::{self, PlannedCow};
 use super::identity::{Role, Taken};
 use super::make::{Undo, make_snapshots, note_made};
-use super::{Cause, Making, Note, Origin, PlannedSnapshot, Refusal, SnapshotRequest, open};
+use super::{Cause, Making, Note, Origin, Past, PlannedSnapshot, Refusal, SnapshotRequest, open};
 use crate::io::VolumeAccess;
 use crate::names;
 use crate::server::setup::OpenSnapshot;
@@ -43,8 +43,7 @@ impl SnapshotPlan {
                     kind: request.kind,
                     limit: request.size,
                     adopted: false,
-                    merging: false,
-                    bytes: origin.bytes,
+                    past: Past::of(request, origin, &cow),
                     behaviour: request.behaviour,
                     cow,
                 });

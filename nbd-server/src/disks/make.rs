@@ -18,7 +18,8 @@ use super::identity::{Identity, Role, Taken};
 use super::open::lock;
 use super::store_io::{StoreDisk, sync_folder_of};
 use super::{
-    Making, Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown, together,
+    Making, Note, Opened, Past, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown,
+    together,
 };
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
@@ -32,8 +33,7 @@ struct Prepared {
     read_only: bool,
     kind: StoreKind,
     limit: Option<u64>,
-    merging: bool,
-    bytes: u64,
+    past: Past,
     behaviour: Option<Defaults>,
     disk: OpenDisk,
     /// The name that it was made under, and still has.
@@ -173,8 +173,7 @@ fn prepare(
         kind,
         limit,
         adopted: _,
-        merging,
-        bytes,
+        past,
         behaviour,
         cow,
     } = snapshot;
@@ -210,8 +209,7 @@ fn prepare(
         read_only,
         kind,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         disk,
         first_name,
@@ -312,8 +310,7 @@ fn finish(prepared: Prepared, undo: &mut Undo) -> Result<(OpenSnapshot, Vec<Note
         read_only,
         kind,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         disk,
         first_name: _,
@@ -341,8 +338,7 @@ fn finish(prepared: Prepared, undo: &mut Undo) -> Result<(OpenSnapshot, Vec<Note
         fresh,
         read_only,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         scratch,
     };

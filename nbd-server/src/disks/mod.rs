@@ -78,20 +78,68 @@ pub struct SnapshotRequest {
     pub adopt: bool,
     /// There must be a store already.
     pub must_exist: bool,
-    /// It is being merged into the disk, and that goes on.
-    pub merging: bool,
-    /// How large the disk was at its instant, in bytes, if that is known.
-    pub bytes: Option<u64>,
+    /// What the records say of it, if it was there before.
+    pub known: Known,
     /// How it behaves; none: as the server was told.
     pub behaviour: Option<Defaults>,
+}
+
+/// What the records say of a snapshot that was there before, and its store does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// How large the disk was at its instant, in bytes.
+    pub bytes: Option<u64>,
+    /// When that was, in seconds since 1970.
+    pub taken_at: Option<u64>,
+    /// It is being merged into the disk, and that goes on.
+    pub merging: Option<Merging>,
+}
+
+/// A merge that has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Merging {
+    /// The file of the store is deleted at the end.
+    pub delete_cow: bool,
+}
+
+/// The past of a snapshot whose store has been looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Past {
+    /// Its length: that of the disk at its instant.
+    pub bytes: u64,
+    /// When that was, in seconds since 1970, if anybody knows; for a store that is to
+    /// be made, when that was planned.
+    pub taken_at: Option<u64>,
+    /// It is being merged into the disk, and that goes on.
+    pub merging: Option<Merging>,
+}
+
+impl Past {
+    fn of(wanted: &SnapshotRequest, origin: &Origin, cow: &PlannedCow) -> Self {
+        Self {
+            bytes: wanted.length(origin),
+            taken_at: match cow {
+                PlannedCow::New(_) => Some(now()),
+                PlannedCow::Whole { .. } | PlannedCow::Torn { .. } => wanted.known.taken_at,
+            },
+            merging: wanted.known.merging,
+        }
+    }
 }
 
 impl SnapshotRequest {
     /// How long the snapshot is, in bytes.
     fn length(&self, origin: &Origin) -> u64 {
-        self.bytes
-            .map_or(origin.bytes, |bytes| bytes.min(origin.bytes))
+        let known = self.known.bytes;
+        known.map_or(origin.bytes, |bytes| bytes.min(origin.bytes))
     }
+}
+
+/// Now, in seconds since 1970.
+pub(crate) fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// What [`inspect`] found: everything open and locked, and what is to be done.
@@ -117,9 +165,7 @@ struct PlannedSnapshot {
     /// How far its file may grow, as it was asked for.
     limit: Option<u64>,
     adopted: bool,
-    merging: bool,
-    /// Its length, that of the disk at its instant.
-    bytes: u64,
+    past: Past,
     behaviour: Option<Defaults>,
     cow: PlannedCow,
 }
@@ -200,16 +246,16 @@ impl Plan {
                 let role = Role::Cow(names::export(&request.name, &wanted.name));
                 let found = open::cow(&wanted.cow, request.access, role, taken)?;
                 let origin = Origin::of(&disk, request.access);
+                let cow = cow::plan(wanted, &origin, found, &mut self.notes)?;
                 snapshots.push(PlannedSnapshot {
                     name: wanted.name.clone(),
                     read_only: wanted.read_only || !request.access.writes_stores(),
                     kind: wanted.kind,
                     limit: wanted.size,
                     adopted: wanted.adopt,
-                    merging: wanted.merging,
-                    bytes: wanted.length(&origin),
+                    past: Past::of(wanted, &origin, &cow),
                     behaviour: wanted.behaviour,
-                    cow: cow::plan(wanted, &origin, found, &mut self.notes)?,
+                    cow,
                 });
             }
             volumes.push(PlannedVolume {

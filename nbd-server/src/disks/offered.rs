@@ -6,7 +6,7 @@ use nbdsnap_engine::StoreKind;
 
 use super::cow::{Place, PlannedCow};
 use super::live::SnapshotPlan;
-use super::{Plan, PlannedSnapshot, PlannedVolume};
+use super::{Past, Plan, PlannedSnapshot, PlannedVolume};
 use crate::io::VolumeAccess;
 use crate::server::setup::Defaults;
 
@@ -42,10 +42,8 @@ pub struct OfferedStore {
     pub is_missing: bool,
     /// The operator says that it has seen every write.
     pub adopted: bool,
-    /// It is being merged into the disk.
-    pub merging: bool,
-    /// The snapshot's length in bytes.
-    pub bytes: u64,
+    /// Its length, and what else the records say of it.
+    pub past: Past,
     /// How it behaves, if that was said.
     pub behaviour: Option<Defaults>,
 }
@@ -96,8 +94,7 @@ fn offered(snapshot: &PlannedSnapshot) -> OfferedStore {
         is_old,
         is_missing,
         adopted: snapshot.adopted,
-        merging: snapshot.merging,
-        bytes: snapshot.bytes,
+        past: snapshot.past,
         behaviour: snapshot.behaviour,
     }
 }

@@ -212,8 +212,15 @@ pub enum Cause {
     )]
     Unlisted(String),
     /// A store that is known to be stale.
-    #[error("has missed a write to {0}, and is of no more use: its snapshot is lost")]
-    Stale(String),
+    #[error(
+        "has missed a write to {disk}, and is of no more use: its snapshot is lost; leave it out with --without {cow}"
+    )]
+    Stale {
+        /// The disk.
+        disk: String,
+        /// The store.
+        cow: String,
+    },
     /// ENOSPC.
     #[error("no space left on its file system ({0})")]
     NoSpace(&'static str),

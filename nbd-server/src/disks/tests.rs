@@ -54,8 +54,7 @@ impl Bench {
             format: false,
             adopt: false,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: None,
         }
     }

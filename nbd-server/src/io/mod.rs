@@ -35,7 +35,7 @@ pub use hosted::{
     AutoExtend, HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Settings, Views,
     VolumeOrder,
 };
-pub use news::{Herald, News, What};
+pub use news::{Herald, Loss, News, What};
 pub use shard::{NewConnection, Shard};
 
 /// What may change on the devices of a volume.

@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::{OpId, Outcome, View};
+use nbdsnap_engine::{OpId, Outcome, SnapshotId, View};
 
 use super::VolumeId;
 use super::census::ClientStatus;
@@ -20,7 +20,7 @@ use super::connection::Connection;
 use super::helpers::Helpers;
 use super::hosted::{Hosted, HostedStatus, NewVolume, Views, VolumeOrder};
 use super::mailbox::Mailbox;
-use super::news::Herald;
+use super::news::{Herald, Loss};
 use super::pace::Sleeps;
 use super::poller::{EventFlags, Patience, Poller, Ready};
 use super::table::{Key, Table};
@@ -98,6 +98,16 @@ pub(super) struct Outside {
 }
 
 impl Outside {
+    /// A snapshot is lost and wants a mark.
+    pub(super) fn loss(&self, volume: VolumeId, snapshot: SnapshotId) -> Loss {
+        Loss {
+            mail: Arc::clone(&self.mail),
+            volume,
+            snapshot,
+            durable: false,
+        }
+    }
+
     /// Have `work` of a volume done by a helper; its result comes as a message.
     pub(super) fn submit(&self, volume: VolumeId, work: impl FnOnce() -> Message + Send + 'static) {
         let mail = Arc::clone(&self.mail);

@@ -96,10 +96,10 @@ pub(super) fn end(
         let &View::Snapshot(id) = view else {
             unreachable!("a snapshot is no origin");
         };
-        let taken = if facts.fresh {
-            Taken::AtStart(registry::now())
-        } else {
-            Taken::Before
+        let taken = match facts.taken_at {
+            Some(at) if facts.fresh => Taken::AtStart(at),
+            Some(at) => Taken::Live(at),
+            None => Taken::Before,
         };
         let snapshot = SnapshotEntry::new(id, taken, facts);
         entry.snapshots.push(snapshot);
@@ -141,7 +141,7 @@ pub(super) fn new_snapshot(snapshot: OpenSnapshot, settings: Settings) -> NewSna
         store: snapshot.store,
         disk: new_disk(snapshot.disk),
         fresh: snapshot.fresh,
-        merging: snapshot.merging,
+        merging: snapshot.past.merging.is_some(),
         settings,
     }
 }

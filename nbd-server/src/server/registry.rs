@@ -4,14 +4,15 @@
 use std::cell::OnceCell;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use nbdsnap_engine::{SnapshotId, StoreKind, View};
 
 use super::directory::{Exports, Route};
 use super::setup::{Defaults, OpenSnapshot};
 use crate::cli::size;
-use crate::disks::{Origin, Scratch};
+pub(super) use crate::disks::now;
+use crate::disks::{Merging, Origin, Scratch};
 use crate::io::{VolumeAccess, VolumeId};
 use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
@@ -95,7 +96,7 @@ pub(super) enum Taken {
     Before,
     /// When this server started, at this second.
     AtStart(u64),
-    /// While it ran.
+    /// While it ran, or one before it.
     Live(u64),
 }
 
@@ -112,13 +113,6 @@ impl Taken {
 /// Whoever reads it may be in another folder.
 pub(super) fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// Now, in seconds since 1970.
-pub(super) fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 /// How fast a store fills: what was allocated when somebody looked last, or when
@@ -181,10 +175,9 @@ impl SnapshotEntry {
             scratch: facts.scratch,
             fill: FillRate::new(facts.allocated),
             recorded_cow: OnceCell::new(),
-            merge: if facts.merging {
-                MergeState::Begun { delete_cow: false }
-            } else {
-                MergeState::None
+            merge: match facts.merging {
+                Some(Merging { delete_cow }) => MergeState::Begun { delete_cow },
+                None => MergeState::None,
             },
         }
     }
@@ -206,8 +199,10 @@ pub(super) struct SnapshotFacts {
     /// Its instant is taken now.
     pub(super) fresh: bool,
     /// It is being merged into the origin.
-    merging: bool,
+    merging: Option<Merging>,
     bytes: u64,
+    /// When it was taken, or when that was planned.
+    pub(super) taken_at: Option<u64>,
     pub(super) behaviour: Defaults,
 }
 
@@ -236,8 +231,9 @@ impl SnapshotFacts {
             scratch: snapshot.scratch.take(),
             allocated,
             fresh: snapshot.fresh,
-            merging: snapshot.merging,
-            bytes: snapshot.bytes,
+            merging: snapshot.past.merging,
+            bytes: snapshot.past.bytes,
+            taken_at: snapshot.past.taken_at,
             behaviour: snapshot.behaviour.unwrap_or(defaults),
         }
     }
@@ -261,7 +257,10 @@ impl SnapshotEntry {
             bytes: Some(self.bytes),
             on_full: self.behaviour.on_full.into(),
             auto_extend: self.behaviour.auto_extend,
+            taken_at: self.taken.at(),
             merging: matches!(self.merge, MergeState::Begun { .. }),
+            delete_cow: self.merge == MergeState::Begun { delete_cow: true },
+            anew: None,
         }
     }
 }

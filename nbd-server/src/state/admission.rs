@@ -6,37 +6,18 @@ use std::path::{Path, PathBuf};
 
 use nbdsnap_engine::StoreKind;
 
-use super::attached::{Finding, Mark, Offered};
+use super::attached::{AttachedStore, Finding, Mark, Offered};
 use super::files::{Files, SystemFiles};
 use super::keeper::{Change, Keeper, StateError};
 use super::place::settled;
-use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
-use crate::control::protocol::WhenFull;
+use super::record::{IntentFile, SnapshotRecord, State, VolumeRecord};
+use crate::control::protocol::{Kind, WhenFull};
 use crate::disks::{
-    Cause, Making, OfferedStore, OfferedVolume, Refusal, SnapshotRequest, VolumeRequest, shown,
+    Cause, Known, Making, Merging, OfferedStore, OfferedVolume, Refusal, SnapshotRequest,
+    VolumeRequest, shown,
 };
 use crate::io::VolumeAccess;
 use crate::server::setup::Defaults;
-
-impl From<StoreKind> for Kind {
-    fn from(kind: StoreKind) -> Self {
-        match kind {
-            StoreKind::Persistent => Self::Persistent,
-            StoreKind::PersistentOverflow => Self::Overflow,
-            StoreKind::Transient => Self::Transient,
-        }
-    }
-}
-
-impl From<Kind> for StoreKind {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Persistent => Self::Persistent,
-            Kind::Overflow => Self::PersistentOverflow,
-            Kind::Transient => Self::Transient,
-        }
-    }
-}
 
 impl From<&OfferedStore> for SnapshotRecord {
     fn from(store: &OfferedStore) -> Self {
@@ -45,13 +26,16 @@ impl From<&OfferedStore> for SnapshotRecord {
             cow: settled(&store.cow),
             kind: store.kind.into(),
             limit: store.limit,
-            bytes: Some(store.bytes),
+            bytes: Some(store.past.bytes),
+            taken_at: store.past.taken_at,
             read_only: store.read_only,
             on_full: store
                 .behaviour
                 .map_or_else(WhenFull::default, |one| one.on_full.into()),
             auto_extend: store.behaviour.and_then(|one| one.auto_extend),
-            merging: store.merging,
+            merging: store.past.merging.is_some(),
+            delete_cow: store.past.merging.is_some_and(|one| one.delete_cow),
+            anew: None,
         }
     }
 }
@@ -98,14 +82,28 @@ pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
                 format: false,
                 adopt: false,
                 must_exist: true,
-                merging: false,
-                bytes: snapshot.bytes,
+                known: Known {
+                    bytes: snapshot.bytes,
+                    taken_at: snapshot.taken_at,
+                    // Its disk's list says so, to whoever serves it.
+                    merging: None,
+                },
                 behaviour: Some(Defaults {
                     on_full: snapshot.on_full.into(),
                     auto_extend: snapshot.auto_extend,
                 }),
             })
             .collect(),
+    }
+}
+
+/// What a disk's list says of a store.
+fn known(store: &AttachedStore) -> Known {
+    let delete_cow = store.delete_cow;
+    Known {
+        bytes: store.bytes,
+        taken_at: store.taken_at,
+        merging: (store.mark == Mark::Merging).then_some(Merging { delete_cow }),
     }
 }
 
@@ -117,7 +115,7 @@ pub fn as_listed<F: Files>(
     mut requests: Vec<VolumeRequest>,
 ) -> Result<Vec<VolumeRequest>, StateError> {
     for request in &mut requests {
-        if request.access == VolumeAccess::ReadOnly || !request.path.exists() {
+        if !request.path.exists() {
             continue;
         }
         let list = keeper.list(&request.path)?;
@@ -125,15 +123,14 @@ pub fn as_listed<F: Files>(
         for snapshot in &mut request.snapshots {
             let cow = settled(&snapshot.cow);
             if let Some(store) = list.find(&cow) {
-                snapshot.merging = store.mark == Mark::Merging;
-                snapshot.bytes = store.bytes;
+                snapshot.known = known(store);
             }
             named.push(cow);
         }
         for store in &list.stores {
-            let merging = store.mark == Mark::Merging;
+            let known = known(store);
             // Of a disk that nobody writes it is refused later.
-            let goes_on = merging && request.access.writes_origin();
+            let goes_on = known.merging.is_some() && request.access.writes_origin();
             if goes_on && !named.contains(&store.cow) {
                 request.snapshots.push(SnapshotRequest {
                     name: store.snapshot.clone(),
@@ -145,8 +142,7 @@ pub fn as_listed<F: Files>(
                     format: false,
                     adopt: false,
                     must_exist: true,
-                    merging,
-                    bytes: store.bytes,
+                    known,
                     behaviour: None,
                 });
             }
@@ -186,7 +182,7 @@ pub fn admit<F: Files>(
         })
         .collect();
     let given_up: Vec<PathBuf> = given_up.iter().map(|path| settled(path)).collect();
-    let broken = |store: &&OfferedStore| store.merging && !store.is_old;
+    let broken = |store: &&OfferedStore| store.past.merging.is_some() && !store.is_old;
     if let Some(store) = volume.stores.iter().find(broken) {
         return Err(Refusal::new(
             &volume.disk,
@@ -214,7 +210,13 @@ fn refusal(disk: &Path, finding: &Finding) -> Refusal {
         ),
         Finding::MissingMerge(store) => Refusal::new(disk, Cause::MergeMissing(shown(&store.cow))),
         Finding::Unlisted(cow) => Refusal::new(cow, Cause::Unlisted(shown(disk))),
-        Finding::Lost(store) => Refusal::new(&store.cow, Cause::Stale(shown(disk))),
+        Finding::Lost(store) => Refusal::new(
+            &store.cow,
+            Cause::Stale {
+                disk: shown(disk),
+                cow: shown(&store.cow),
+            },
+        ),
     }
 }
 

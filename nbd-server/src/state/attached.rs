@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::files::FileIdentity;
 use super::record::StorePath;
 use super::seal;
 
@@ -36,8 +37,42 @@ pub struct AttachedStore {
     /// store says so.
     #[serde(default)]
     pub bytes: Option<u64>,
+    /// When that was, in seconds since 1970.
+    #[serde(default)]
+    pub taken_at: Option<u64>,
+    /// Its file is deleted when it is merged.
+    #[serde(default)]
+    pub delete_cow: bool,
+    /// The file that is about to take its place.
+    #[serde(default)]
+    pub anew: Option<Anew>,
     /// How it stands.
     pub mark: Mark,
+}
+
+/// A file that is about to take a store's place, with the instant of the snapshot
+/// in it. Its rename is the one step in which the snapshot changes; which side of it
+/// a crash fell on is told by the file that lies there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Anew {
+    /// Which file.
+    pub file: FileIdentity,
+    /// How large the disk is at its snapshot's instant, in bytes.
+    pub bytes: u64,
+    /// When that is, in seconds since 1970.
+    pub taken_at: Option<u64>,
+}
+
+impl AttachedStore {
+    /// Settle a change of its file, given which one lies there: what was said of the
+    /// old one does not hold for the new one.
+    pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
+        if let Some(anew) = self.anew.take().filter(|anew| Some(anew.file) == there) {
+            self.bytes = Some(anew.bytes);
+            self.taken_at = anew.taken_at;
+            self.mark = Mark::Attached;
+        }
+    }
 }
 
 /// The list of a disk.

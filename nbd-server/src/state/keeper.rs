@@ -2,7 +2,7 @@
 //! page, and settles at a start what a crash interrupted.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -13,7 +13,7 @@ use super::attached::{Attached, Mark};
 use super::files::{self, FileIdentity, Files};
 use super::folder::StateFolder;
 use super::place;
-use super::record::{Intent, IntentFile, IntentList, State, StorePath};
+use super::record::{Intent, IntentFile, IntentList, State, StorePath, VolumeRecord};
 use super::seal::{self, SealError};
 
 const ATTACHED: &str = "attached";
@@ -74,18 +74,32 @@ pub struct Keeper<F> {
     state: State,
     /// The list that was read last: a thousand volumes may have one disk.
     last_list: RefCell<Option<(PathBuf, FileIdentity, Arc<Attached>)>>,
+    /// What the changes that are under way are about, by their numbers.
+    under_way: BTreeMap<u64, Intent>,
+    /// The number of the last change.
+    last: u64,
 }
 
 /// A change under way, between [`Keeper::begin`] and [`Keeper::finish`] or
-/// [`Keeper::abandon`].
+/// [`Keeper::abandon`]. Several may be, as long as they touch different volumes.
 #[derive(Debug)]
 #[must_use = "a change is finished or abandoned"]
 pub struct Change {
-    old: State,
-    next: State,
+    /// Its name among those that are under way.
+    number: u64,
+    /// The volumes that it touches.
+    touched: Vec<Touched>,
     intent: Intent,
     /// Whether the state may have been replaced.
     tried: bool,
+}
+
+/// What a change does to a volume's record.
+#[derive(Clone, Debug)]
+struct Touched {
+    name: String,
+    old: Option<VolumeRecord>,
+    next: Option<VolumeRecord>,
 }
 
 impl Change {
@@ -128,11 +142,14 @@ impl<F: Files> Keeper<F> {
             locate,
             state: State::default(),
             last_list: RefCell::new(None),
+            under_way: BTreeMap::new(),
+            last: 0,
         };
         if let Some(folder) = keeper.folder.clone() {
             let advice = "; move it away to begin without what it knew";
-            let state = keeper.read(&folder.join(STATE), STATE, advice)?;
+            let state: Option<State> = keeper.read(&folder.join(STATE), STATE, advice)?;
             keeper.state = state.unwrap_or_default();
+            keeper.settle_anew()?;
             let advice = "; move it away once you have looked at what it names";
             if let Some(intent) = keeper.read(&folder.join(INTENT), INTENT, advice)? {
                 keeper.settle(&intent)?;
@@ -148,13 +165,42 @@ impl<F: Files> Keeper<F> {
 
     /// The list of a disk that exists; an empty one if there is none.
     pub fn list(&self, disk: &Path) -> Result<Arc<Attached>, StateError> {
-        let path = self.list_path(disk)?;
-        let beside = place::beside_it(disk, &path).map_err(system(disk, "looking at it"));
-        let list = self.read_list(&path)?;
-        match beside {
+        let list = self.list_as_written(disk, &self.list_path(disk)?)?;
+        self.settled_list(list)
+    }
+
+    /// A disk's list, with one that lies beside the disk though this server's lies
+    /// elsewhere.
+    fn list_as_written(&self, disk: &Path, path: &Path) -> Result<Arc<Attached>, StateError> {
+        let list = self.read_list(path)?;
+        match place::beside_it(disk, path) {
             Ok(Some(beside)) => Ok(Arc::new(list.with(&*self.read_list(&beside)?))),
-            _ => Ok(list),
+            Ok(None) | Err(_) => Ok(list),
         }
+    }
+
+    /// What a list means, if stores on it are about to be exchanged.
+    fn settled_list(&self, list: Arc<Attached>) -> Result<Arc<Attached>, StateError> {
+        if list.stores.iter().all(|store| store.anew.is_none()) {
+            return Ok(list);
+        }
+        let mut list = Attached::clone(&list);
+        for store in list.stores.iter_mut().filter(|one| one.anew.is_some()) {
+            store.settle_anew(self.identify(&store.cow)?);
+        }
+        Ok(Arc::new(list))
+    }
+
+    /// A crash may have fallen before or after the step in which a store was
+    /// exchanged for a new one.
+    fn settle_anew(&mut self) -> Result<(), StateError> {
+        let mut state = std::mem::take(&mut self.state);
+        let snapshots = state.volumes.iter_mut().flat_map(|one| &mut one.snapshots);
+        for snapshot in snapshots.filter(|one| one.anew.is_some()) {
+            snapshot.settle_anew(self.identify(&snapshot.cow)?);
+        }
+        self.state = state;
+        Ok(())
     }
 
     /// Where that list is or would be.
@@ -165,33 +211,21 @@ impl<F: Files> Keeper<F> {
 
     /// Begin the change to `next`. `files` are those that it makes (their
     /// identity is told by [`Keeper::made`]) or gives up. Afterwards files may be
-    /// made; no store may miss a write yet that did not miss it before.
+    /// made; no store may miss a write yet that did not miss it before. What `next`
+    /// has of volumes that another change touches must be what is recorded.
     pub fn begin(&mut self, next: State, files: Vec<IntentFile>) -> Result<Change, StateError> {
-        // A volume that leaves the server leaves its disk's list as it is: the
-        // stores still belong to the disk.
-        let mut lists = Vec::new();
-        let before = self.state.lists();
-        for (&disk, list) in &next.lists() {
-            if before.get(disk) == Some(list) {
-                continue;
-            }
-            let is_shared = self.state.shares(disk) || next.shares(disk);
-            let about = is_shared.then(|| self.state.changed_stores(&next, disk));
-            if about.as_ref().is_none_or(|stores| !stores.is_empty()) {
-                lists.push(IntentList {
-                    disk: disk.to_owned(),
-                    list: self.list_path(disk)?,
-                    about,
-                });
-            }
-        }
+        let lists = self.lists_that_change(&next)?;
+        self.last += 1;
         let change = Change {
-            old: self.state.clone(),
-            next,
+            number: self.last,
+            touched: self.touched(&next),
             intent: Intent { lists, files },
             tried: false,
         };
-        self.write_intent(&change.intent)?;
+        if let Err(error) = self.note(&change) {
+            self.under_way.remove(&change.number);
+            return Err(error);
+        }
         if let Err(error) = self.join_lists(&change) {
             // The first error is the one to tell of.
             let _ = self.abandon(change);
@@ -215,7 +249,19 @@ impl<F: Files> Keeper<F> {
                     .map_err(system(&made_as, "looking at it"))?;
             }
         }
-        self.write_intent(&change.intent)
+        self.note(change)
+    }
+
+    /// Have a change come to `next` instead, before it is committed: its first half
+    /// has brought to light what the records are to say.
+    pub fn amend(&mut self, change: &mut Change, next: State) -> Result<(), StateError> {
+        for list in self.lists_that_change(&next)? {
+            if !change.intent.lists.contains(&list) {
+                change.intent.lists.push(list);
+            }
+        }
+        change.touched = self.touched(&next);
+        self.note(change)
     }
 
     /// The state takes effect. When this returns, stores that have left their
@@ -223,52 +269,117 @@ impl<F: Files> Keeper<F> {
     /// is to be abandoned.
     pub fn commit(&mut self, change: &mut Change) -> Result<(), StateError> {
         change.tried = true;
-        self.write_state(&change.next)?;
-        self.state = change.next.clone();
+        let next = self.state_after(change);
+        self.write_state(&next)?;
+        self.state = next;
         self.settle_lists(&change.intent)
     }
 
     /// Everything that follows from the commit has happened: delete what was
     /// given up, and forget the intent.
     pub fn finish(&mut self, change: Change) -> Result<(), StateError> {
-        let Change { intent, .. } = change;
-        self.delete_files(&intent)?;
-        self.forget_intent()
+        self.delete_files(&change.intent)?;
+        self.forget(change.number)
     }
 
     /// Back to how it was before: lists, state, and files that were made.
     pub fn abandon(&mut self, change: Change) -> Result<(), StateError> {
         if change.tried {
-            self.write_state(&change.old)?;
+            let old = self.state_without(&change);
+            self.write_state(&old)?;
+            self.state = old;
         }
-        self.state = change.old;
         self.settle_lists(&change.intent)?;
         self.delete_files(&change.intent)?;
-        self.forget_intent()
+        self.forget(change.number)
     }
 
     /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
-    pub fn mark_lost(&mut self, disk: &Path, cow: &Path) -> Result<(), StateError> {
+    /// False: the list does not name it.
+    pub fn mark_lost(&mut self, disk: &Path, cow: &Path) -> Result<bool, StateError> {
         let path = self.list_path(disk)?;
         let _held = self.files.hold(files::folder_of(&path));
-        let mut list = Attached::clone(&*self.list(disk)?);
-        for store in &mut list.stores {
-            if store.cow == cow {
-                store.mark = Mark::Lost;
-            }
+        let mut list = Attached::clone(&*self.list_as_written(disk, &path)?);
+        let Some(store) = list.stores.iter_mut().find(|store| store.cow == cow) else {
+            return Ok(false);
+        };
+        // While a new store is taking its place, it is the old one that is lost.
+        let recorded = self.state.lists();
+        let recorded = recorded.get(disk).and_then(|list| list.find(cow));
+        if recorded.is_none_or(|store| store.anew.is_none()) {
+            store.settle_anew(self.identify(cow)?);
         }
-        self.write_list(&path, &list)
+        store.mark = Mark::Lost;
+        self.write_list(&path, &list)?;
+        Ok(true)
     }
 
     fn settle(&mut self, intent: &Intent) -> Result<(), StateError> {
         self.settle_lists(intent)?;
         self.delete_files(intent)?;
-        self.forget_intent()
+        self.write_intent()
+    }
+
+    /// How `next` differs from what is recorded.
+    fn touched(&self, next: &State) -> Vec<Touched> {
+        let (old, new) = (self.state.by_name(), next.by_name());
+        let gone = self.state.volumes.iter();
+        let gone = gone.filter(|volume| !new.contains_key(volume.name.as_str()));
+        let here = next.volumes.iter();
+        let here = here.filter(|volume| old.get(volume.name.as_str()) != Some(volume));
+        gone.chain(here)
+            .map(|volume| Touched {
+                name: volume.name.clone(),
+                old: old.get(volume.name.as_str()).copied().cloned(),
+                next: new.get(volume.name.as_str()).copied().cloned(),
+            })
+            .collect()
+    }
+
+    /// The state once a change is committed.
+    fn state_after(&self, change: &Change) -> State {
+        let touched = change.touched.iter();
+        let said: Vec<_> = touched
+            .map(|one| (one.name.as_str(), one.next.as_ref()))
+            .collect();
+        self.state.with(&said)
+    }
+
+    /// The state if a change has not been.
+    fn state_without(&self, change: &Change) -> State {
+        let touched = change.touched.iter();
+        let said: Vec<_> = touched
+            .map(|one| (one.name.as_str(), one.old.as_ref()))
+            .collect();
+        self.state.with(&said)
+    }
+
+    /// A volume that leaves the server leaves its disk's list as it is: the stores
+    /// still belong to the disk.
+    fn lists_that_change(&self, next: &State) -> Result<Vec<IntentList>, StateError> {
+        let mut lists = Vec::new();
+        let before = self.state.lists();
+        for (&disk, list) in &next.lists() {
+            if before.get(disk) == Some(list) {
+                continue;
+            }
+            let is_shared = self.state.shares(disk) || next.shares(disk);
+            let about = is_shared.then(|| self.state.changed_stores(next, disk));
+            if about.as_ref().is_none_or(|stores| !stores.is_empty()) {
+                lists.push(IntentList {
+                    disk: disk.to_owned(),
+                    list: self.list_path(disk)?,
+                    about,
+                });
+            }
+        }
+        Ok(lists)
     }
 
     /// Every list names what it named and what it will name.
     fn join_lists(&mut self, change: &Change) -> Result<(), StateError> {
-        let wanted = change.next.lists();
+        let next = self.state_after(change);
+        let wanted = next.lists();
         for IntentList { disk, list, about } in &change.intent.lists {
             let _held = self.hold_shared(list, about.as_ref());
             let now = self.read_list(list)?;
@@ -286,11 +397,13 @@ impl<F: Files> Keeper<F> {
     fn settle_lists(&mut self, intent: &Intent) -> Result<(), StateError> {
         for IntentList { disk, list, about } in &intent.lists {
             let _held = self.hold_shared(list, about.as_ref());
-            let now = self.read_list(list)?;
+            let as_written = self.read_list(list)?;
+            let now = self.settled_list(Arc::clone(&as_written))?;
             let mut lists = self.state.lists();
             let mut wanted = lists.remove(disk.as_path()).unwrap_or_default();
             if let Some(about) = about {
-                wanted = now.without(about).with(&wanted.only(about));
+                // The others may be in the middle of a change of their own.
+                wanted = as_written.without(about).with(&wanted.only(about));
             }
             let known = now.by_cow();
             for store in &mut wanted.stores {
@@ -398,20 +511,35 @@ impl<F: Files> Keeper<F> {
         files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
     }
 
-    fn write_intent(&mut self, intent: &Intent) -> Result<(), StateError> {
-        let Some(folder) = &self.folder else {
-            return Ok(());
-        };
-        let path = folder.join(INTENT);
-        let bytes = seal::encode(INTENT, intent);
-        files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
+    /// Write down what a change is about.
+    fn note(&mut self, change: &Change) -> Result<(), StateError> {
+        let intent = change.intent.clone();
+        self.under_way.insert(change.number, intent);
+        self.write_intent()
     }
 
-    fn forget_intent(&mut self) -> Result<(), StateError> {
+    /// A change is over.
+    fn forget(&mut self, number: u64) -> Result<(), StateError> {
+        self.under_way.remove(&number);
+        self.write_intent()
+    }
+
+    /// One record for all changes that are under way: they are settled by the same
+    /// rule. None is no file.
+    fn write_intent(&mut self) -> Result<(), StateError> {
         let Some(folder) = &self.folder else {
             return Ok(());
         };
         let path = folder.join(INTENT);
-        files::remove(&mut self.files, &path).map_err(system(&path, "deleting it"))
+        if self.under_way.is_empty() {
+            return files::remove(&mut self.files, &path).map_err(system(&path, "deleting it"));
+        }
+        let mut all = Intent::default();
+        for intent in self.under_way.values() {
+            all.lists.extend(intent.lists.iter().cloned());
+            all.files.extend(intent.files.iter().cloned());
+        }
+        let bytes = seal::encode(INTENT, &all);
+        files::replace(&mut self.files, &path, &bytes).map_err(system(&path, "writing it"))
     }
 }

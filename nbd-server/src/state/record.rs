@@ -6,22 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::attached::{Attached, AttachedStore, Mark};
+use super::attached::{Anew, Attached, AttachedStore, Mark};
 use super::files::{FileIdentity, beside};
 use super::seal;
-use crate::control::protocol::{Growth, WhenFull};
-
-/// P, PO or N, as it is written in records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// P.
-    Persistent,
-    /// PO.
-    Overflow,
-    /// N.
-    Transient,
-}
+use crate::control::protocol::{Growth, Kind, WhenFull};
 
 /// A snapshot that a server has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,9 +35,18 @@ pub struct SnapshotRecord {
     /// How it is extended by itself.
     #[serde(default)]
     pub auto_extend: Option<Growth>,
+    /// When that was, in seconds since 1970; none: nobody has written it down.
+    #[serde(default)]
+    pub taken_at: Option<u64>,
     /// It is being merged into its origin.
     #[serde(default)]
     pub merging: bool,
+    /// At the end of that its file is deleted.
+    #[serde(default)]
+    pub delete_cow: bool,
+    /// The file that is about to take the store's place.
+    #[serde(default)]
+    pub anew: Option<Anew>,
 }
 
 /// A volume that a server has.
@@ -113,14 +110,37 @@ impl State {
         let joining = after.stores.iter().filter(joins);
         let mut changed: Vec<StorePath> = joining.map(|one| StorePath(one.cow.clone())).collect();
         let kept = after.by_cow();
-        let stays: BTreeSet<&str> = next.volumes.iter().map(|one| one.name.as_str()).collect();
+        let stays = next.by_name();
         let here = self.volumes.iter().filter(|volume| volume.disk == disk);
-        for volume in here.filter(|volume| stays.contains(volume.name.as_str())) {
+        for volume in here.filter(|volume| stays.contains_key(volume.name.as_str())) {
             let cows = volume.snapshots.iter().map(|snapshot| &snapshot.cow);
             let leaving = cows.filter(|cow| !kept.contains_key(cow.as_path()));
             changed.extend(leaving.map(|cow| StorePath(cow.clone())));
         }
         changed
+    }
+
+    /// The volumes by their names.
+    pub fn by_name(&self) -> BTreeMap<&str, &VolumeRecord> {
+        let volumes = self.volumes.iter();
+        volumes
+            .map(|volume| (volume.name.as_str(), volume))
+            .collect()
+    }
+
+    /// This state, but of the volumes that are named what is said of each: it is so
+    /// now, in its place or, if it is new, behind the others; or it is not there.
+    #[must_use]
+    pub fn with(&self, said: &[(&str, Option<&VolumeRecord>)]) -> Self {
+        let mut left: BTreeMap<&str, Option<&VolumeRecord>> = said.iter().copied().collect();
+        let mut volumes = Vec::new();
+        for volume in &self.volumes {
+            let now = left.remove(volume.name.as_str()).unwrap_or(Some(volume));
+            volumes.extend(now.cloned());
+        }
+        let new = said.iter().filter_map(|(name, _)| left.remove(name));
+        volumes.extend(new.flatten().cloned());
+        Self { volumes }
     }
 
     /// A snapshot, by the names of its volume and its own.
@@ -148,11 +168,22 @@ impl State {
 }
 
 impl SnapshotRecord {
+    /// Settle a change of the store's file, given which one lies there.
+    pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
+        if let Some(anew) = self.anew.take().filter(|anew| Some(anew.file) == there) {
+            self.bytes = Some(anew.bytes);
+            self.taken_at = anew.taken_at;
+        }
+    }
+
     fn attached(&self) -> AttachedStore {
         AttachedStore {
             snapshot: self.name.clone(),
             cow: self.cow.clone(),
             bytes: self.bytes,
+            taken_at: self.taken_at,
+            delete_cow: self.delete_cow,
+            anew: self.anew,
             mark: if self.merging {
                 Mark::Merging
             } else {

@@ -12,8 +12,9 @@ use std::rc::Rc;
 use super::attached::{Attached, AttachedStore, Finding, Mark, Offered};
 use super::files::{FileIdentity, Files, SystemFiles, beside};
 use super::keeper::{Change, Keeper, StateError};
-use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
+use super::record::{IntentFile, SnapshotRecord, State, VolumeRecord};
 use super::seal::{self, SealError};
+use crate::control::protocol::Kind;
 
 /// A file of the simulated file system.
 #[derive(Clone, Debug, PartialEq)]
@@ -171,7 +172,10 @@ fn snapshot(name: &str, cow: &str) -> SnapshotRecord {
         read_only: false,
         on_full: crate::control::protocol::WhenFull::Invalidate,
         auto_extend: None,
+        taken_at: Some(1_700_000_000),
         merging: false,
+        delete_cow: false,
+        anew: None,
     }
 }
 
@@ -418,7 +422,8 @@ fn a_lost_store_stays_lost_and_a_volume_that_leaves_keeps_its_list() {
     let files = prepared();
     let mut keeper = open(&files).unwrap();
     let (disk, cow) = (Path::new("/disks/a"), Path::new("/cows/old"));
-    keeper.mark_lost(disk, cow).unwrap();
+    assert!(!keeper.mark_lost(disk, Path::new("/cows/else")).unwrap());
+    assert!(keeper.mark_lost(disk, cow).unwrap());
     let next = state(&[old_one(), snapshot("y", "/cows/y")], &[]);
     let mut change = keeper.begin(next, Vec::new()).unwrap();
     keeper.commit(&mut change).unwrap();
@@ -440,6 +445,9 @@ fn store(name: &str, mark: Mark) -> AttachedStore {
         snapshot: name.into(),
         cow: format!("/cows/{name}").into(),
         bytes: None,
+        taken_at: None,
+        delete_cow: false,
+        anew: None,
         mark,
     }
 }
@@ -564,4 +572,70 @@ fn the_files_of_this_machine_do_the_same() {
     assert_eq!(keeper.state(), &next);
     assert!(at("disks/a.nbdsnap").exists());
     assert!(!at("state/intent").exists());
+}
+
+/// As programs wrote them before times were written down.
+#[test]
+fn older_records_are_read() {
+    let store = r#""cow": "/cows/a", "bytes": 4096"#;
+    let list = format!(r#"{{"stores": [{{"snapshot": "a", {store}, "mark": "merging"}}]}}"#);
+    let state = format!(
+        r#"{{"volumes": [{{"name": "vm", "disk": "/disks/vm", "snapshots": [
+            {{"name": "a", "kind": "overflow", "limit": null, {store}, "merging": true}}]}}]}}"#
+    );
+    let sealed = |what: &str, body: &str| {
+        let sum = crc32fast::hash(body.as_bytes());
+        format!("nbdsnap {what} 1 crc32 {sum:08x}\n{body}").into_bytes()
+    };
+    let list: Attached = seal::decode("attached", &sealed("attached", &list)).unwrap();
+    let [store] = &list.stores[..] else {
+        panic!("{list:?}");
+    };
+    assert_eq!((store.bytes, store.taken_at), (Some(4096), None));
+    assert_eq!((store.mark, store.delete_cow), (Mark::Merging, false));
+    let state: State = seal::decode("state", &sealed("state", &state)).unwrap();
+    let snapshot = &state.volumes[0].snapshots[0];
+    assert_eq!((snapshot.kind, snapshot.taken_at), (Kind::Overflow, None));
+    assert!(snapshot.merging && !snapshot.delete_cow);
+    assert_eq!(state.lists()[Path::new("/disks/vm")], list);
+}
+
+/// Two changes at a time, of two volumes: each is done or undone by itself, whatever
+/// the power leaves of the other.
+fn two_at_a_time(keeper: &mut Keeper<SimFiles>, files: &mut SimFiles) -> Result<(), StateError> {
+    let a = state(&[old_one(), snapshot("x", "/cows/ax")], &[]);
+    let mut first = make(keeper, files, a, &["/cows/ax"])?;
+    let b = state(&[old_one()], &[snapshot("x", "/cows/bx")]);
+    let mut second = make(keeper, files, b, &["/cows/bx"])?;
+    keeper.commit(&mut second)?;
+    keeper.finish(second)?;
+    keeper.commit(&mut first)?;
+    keeper.finish(first)
+}
+
+#[test]
+fn changes_of_two_volumes_pass_each_other_by() {
+    let (old, new) = cut_everywhere(two_at_a_time);
+    assert!(old > 0 && new > 0);
+    let mut files = prepared();
+    let mut keeper = open(&files).unwrap();
+    two_at_a_time(&mut keeper, &mut files).unwrap();
+    let both = state(
+        &[old_one(), snapshot("x", "/cows/ax")],
+        &[snapshot("x", "/cows/bx")],
+    );
+    assert_eq!(*keeper.state(), both);
+
+    // What one gives up takes nothing of the other back.
+    let without_a = state(&[old_one()], &[snapshot("x", "/cows/bx")]);
+    let mut first = keeper.begin(without_a, Vec::new()).unwrap();
+    keeper.commit(&mut first).unwrap();
+    let without_b = state(&[old_one()], &[]);
+    let mut second = keeper.begin(without_b.clone(), Vec::new()).unwrap();
+    keeper.commit(&mut second).unwrap();
+    keeper.abandon(first).unwrap();
+    assert_eq!(keeper.state().volumes[0], both.volumes[0]);
+    assert_eq!(keeper.state().volumes[1], without_b.volumes[1]);
+    keeper.finish(second).unwrap();
+    assert!(!files.has("/state/intent"));
 }

@@ -7,22 +7,27 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::MutexGuard;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
+use super::claims::{Claimed, Scope};
 use super::create::log_notes;
+use super::outcome;
 use super::refusal::Refused;
+use super::turn::{Shared, Turn};
 use super::volumes::LEAVE;
-use super::{Administrator, Letter};
 use crate::control::protocol::{
     Answer, EventKind, EventReport, Order, Outcome, SnapshotName, StoreToServe, VolumeAdd,
+    VolumesAdd,
 };
-use crate::disks::{self, Opened, Plan, SnapshotRequest, VolumeRequest};
+use crate::disks::{self, Known, Opened, Plan, SnapshotRequest, VolumeRequest};
 use crate::io::{VolumeAccess, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::{self, Moving};
+use crate::server::registry::VolumeEntry;
 use crate::server::setup::OpenVolume;
 use crate::state::admission::{Recorded, admit, as_listed, files_to_make};
 use crate::state::keeper::Change;
@@ -30,60 +35,92 @@ use crate::state::keeper::Change;
 /// So many orders are one group at most: who follows does not wait for ever.
 const ORDERS_MAX: usize = 256;
 
-/// An order to add volumes, and where its outcome goes.
+/// An order to add volumes, with what it has claimed, and where its outcome goes.
+#[derive(Debug)]
 pub(super) struct Addition {
-    pub(super) volumes: Vec<VolumeAdd>,
-    pub(super) answer: oneshot::Sender<Outcome>,
+    volumes: Vec<VolumeAdd>,
+    claimed: Claimed,
+    answer: oneshot::Sender<Outcome>,
 }
 
 impl Addition {
-    /// What a letter is, if it is an order to add volumes.
-    pub(super) fn of(letter: Letter) -> Result<Self, Letter> {
-        match letter {
-            Letter::Order(Order::VolumeAdd(add), answer) => Ok(Self {
-                volumes: vec![add],
-                answer,
-            }),
-            Letter::Order(Order::VolumesAdd(adds), answer) => Ok(Self {
-                volumes: adds.volumes,
-                answer,
-            }),
+    /// What an order adds, if it is one to add volumes.
+    pub(super) fn of(order: Order) -> Result<Vec<VolumeAdd>, Order> {
+        match order {
+            Order::VolumeAdd(add) => Ok(vec![add]),
+            Order::VolumesAdd(VolumesAdd { volumes }) => Ok(volumes),
             other => Err(other),
         }
     }
 }
 
-impl Administrator {
-    /// Add what `first` and the orders behind it ask for. What came behind those is
-    /// returned: the next letter.
-    pub(super) fn add_all(&mut self, first: Addition) -> Option<Letter> {
-        let mut group = vec![first];
-        let mut next = None;
-        while group.len() < ORDERS_MAX && next.is_none() {
-            match self.mailroom.inbox.try_recv().map(Addition::of) {
-                Ok(Ok(addition)) => group.push(addition),
-                Ok(Err(other)) => next = Some(other),
-                Err(_) => break,
-            }
+impl Shared {
+    /// Add volumes, as soon as nobody else is busy with their names: with what others
+    /// ask for who wait for the books too. Whoever has them first adds for all.
+    pub(super) fn add(
+        &self,
+        scope: Scope,
+        volumes: Vec<VolumeAdd>,
+        answer: oneshot::Sender<Outcome>,
+    ) {
+        // Not answered: the server is stopping.
+        let Some(claimed) = self.claims.claim(scope) else {
+            return;
+        };
+        self.waiting().push(Addition {
+            volumes,
+            claimed,
+            answer,
+        });
+        let books = self.books();
+        let group: Vec<Addition> = {
+            let mut waiting = self.waiting();
+            let count = waiting.len().min(ORDERS_MAX);
+            waiting.drain(..count).collect()
+        };
+        let mut orders = Vec::new();
+        let mut all: Option<Claimed> = None;
+        for Addition {
+            volumes,
+            claimed,
+            answer,
+        } in group
+        {
+            orders.push((volumes, answer));
+            all = Some(match all {
+                Some(all) => all.and(claimed),
+                None => claimed,
+            });
         }
-        let together = group.len() > 1 && {
-            let volumes: Vec<&VolumeAdd> = group.iter().flat_map(|one| &one.volumes).collect();
+        // None: somebody else has done it.
+        if let Some(all) = all {
+            self.turn_with(books, all).add_all(orders);
+        }
+    }
+
+    /// Those that have what they claim, and wait for the books.
+    pub(super) fn waiting(&self) -> MutexGuard<'_, Vec<Addition>> {
+        let waiting = self.additions.lock();
+        waiting.expect("no holder of this lock panics")
+    }
+}
+
+impl Turn<'_> {
+    /// Add what these orders ask for, as one group if nothing goes wrong.
+    fn add_all(&mut self, orders: Vec<(Vec<VolumeAdd>, oneshot::Sender<Outcome>)>) {
+        let together = orders.len() > 1 && {
+            let volumes: Vec<&VolumeAdd> = orders.iter().flat_map(|(volumes, _)| volumes).collect();
             self.add_volumes(&volumes).is_ok()
         };
-        for Addition { volumes, answer } in group {
+        for (volumes, answer) in orders {
             let added = if together {
                 Ok(())
             } else {
                 self.add_volumes(&volumes.iter().collect::<Vec<_>>())
             };
-            let outcome = match added {
-                Ok(()) => Outcome::Done(self.report_added(&volumes)),
-                Err(refused) => Outcome::Refused(refused.to_string()),
-            };
             // Whoever asked may have gone.
-            let _ = answer.send(outcome);
+            let _ = answer.send(outcome(added.map(|()| self.report_added(&volumes))));
         }
-        next
     }
 
     fn report_added(&self, added: &[VolumeAdd]) -> Answer {
@@ -109,7 +146,6 @@ impl Administrator {
             }
             return Err(refused);
         }
-        self.publish();
         for add in adds {
             let event = EventReport::new(EventKind::VolumeAdded);
             self.events.publish(event.of_volume(&add.name));
@@ -139,12 +175,11 @@ impl Administrator {
         requests: Vec<VolumeRequest>,
         without: &[PathBuf],
     ) -> Result<(), Refused> {
-        let names: Vec<String> = requests.iter().map(|one| one.name.clone()).collect();
+        let new: BTreeSet<String> = requests.iter().map(|one| one.name.clone()).collect();
         let requests = as_listed(&self.keeper, requests)?;
         let plan = disks::inspect(requests, &mut self.taken)?;
         let mut next = self.recorded();
-        let new: BTreeSet<&str> = names.iter().map(String::as_str).collect();
-        next.volumes.retain(|one| !new.contains(one.name.as_str()));
+        next.volumes.retain(|one| !new.contains(&one.name));
         let mut files = Vec::new();
         for offered in &plan.offered() {
             admit(&self.keeper, offered, without)?;
@@ -152,38 +187,47 @@ impl Administrator {
             next.volumes.push(offered.into());
         }
         let mut change = self.keeper.begin(next, files)?;
-        let hosted = self.make_and_host(plan, &mut change);
-        let committed = hosted.and_then(|()| Ok(self.keeper.commit(&mut change)?));
+        let mut hosted = Vec::new();
+        let made = self.make_and_host(plan, &mut change, &mut hosted);
+        let committed = made.and_then(|()| Ok(self.keeper.commit(&mut change)?));
         if let Err(refused) = committed {
-            self.unhost(&names);
+            self.unhost(hosted);
             self.forget(change);
             return Err(refused);
         }
-        Ok(self.keeper.finish(change)?)
+        self.registry.volumes.extend(hosted);
+        self.publish();
+        if let Err(error) = self.keeper.finish(change) {
+            // They are there all the same, and the next start sees to it.
+            tracing::error!("that volumes were to be added is still noted: {error}");
+        }
+        Ok(())
     }
 
-    fn make_and_host(&mut self, plan: Plan, change: &mut Change) -> Result<(), Refused> {
+    fn make_and_host(
+        &mut self,
+        plan: Plan,
+        change: &mut Change,
+        hosted: &mut Vec<VolumeEntry>,
+    ) -> Result<(), Refused> {
+        let books = &mut **self;
         let mut making = Recorded {
-            keeper: &mut self.keeper,
+            keeper: &mut books.keeper,
             change,
         };
-        let Opened { volumes, notes } = plan.carry_out(&mut self.taken, &mut making)?;
+        let Opened { volumes, notes } = plan.carry_out(&mut books.taken, &mut making)?;
         log_notes(&notes);
-        self.host(volumes)
+        self.host(volumes, hosted)
     }
 
     /// Have volumes leave that have come just now, and that nobody has seen.
-    fn unhost(&mut self, names: &[String]) {
+    fn unhost(&mut self, hosted: Vec<VolumeEntry>) {
         let until = Instant::now() + LEAVE;
         let mut leaving = Vec::new();
-        for name in names {
-            let mut volumes = self.registry.volumes.iter();
-            if let Some(place) = volumes.position(|one| one.name == *name) {
-                let entry = self.registry.volumes.remove(place);
-                let (left, told) = channel();
-                self.shards[entry.shard].order(entry.id, VolumeOrder::Leave { left });
-                leaving.push((entry.shard, told));
-            }
+        for entry in hosted {
+            let (left, told) = channel();
+            self.shards[entry.shard].order(entry.id, VolumeOrder::Leave { left });
+            leaving.push((entry.shard, told));
         }
         for (shard, told) in leaving {
             // The error that led here is the one to tell of.
@@ -191,9 +235,14 @@ impl Administrator {
         }
     }
 
-    /// Have volumes move to their threads; if one cannot, those that can stay in the
-    /// registry all the same, for [`Administrator::unhost`].
-    fn host(&mut self, volumes: Vec<OpenVolume>) -> Result<(), Refused> {
+    /// Have volumes move to their threads. Those that have are `hosted`, though
+    /// another cannot: they are not in the registry yet, in which others may look while
+    /// this waits.
+    fn host(
+        &mut self,
+        volumes: Vec<OpenVolume>,
+        hosted: &mut Vec<VolumeEntry>,
+    ) -> Result<(), Refused> {
         let share = moving::share_of_copy_memory(self.registry.volumes.len() + volumes.len());
         let mut load = vec![0; self.shards.len()];
         for volume in &self.registry.volumes {
@@ -220,10 +269,7 @@ impl Administrator {
         {
             let views = self.wait(entry.shard, &answer, None);
             match views.and_then(|views| views.map_err(Refused::NotTaken)) {
-                Ok(views) => self
-                    .registry
-                    .volumes
-                    .push(moving::end(entry, facts, &views)),
+                Ok(views) => hosted.push(moving::end(entry, facts, &views)),
                 Err(refused) => failed = failed.or(Some(refused)),
             }
         }
@@ -269,8 +315,7 @@ fn request(store: &StoreToServe) -> SnapshotRequest {
         format: store.format,
         adopt: store.adopt,
         must_exist: false,
-        merging: false,
-        bytes: None,
+        known: Known::default(),
         behaviour: None,
     }
 }

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use nbdsnap_engine::{OnFull, SnapshotId};
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
-use crate::disks::{self, Note, SnapshotPlan, SnapshotRequest};
+use crate::disks::{self, Known, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::new_snapshot;
@@ -39,7 +39,7 @@ pub(super) struct HeldPart {
     pub(super) facts: Vec<SnapshotFacts>,
 }
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn create(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
         self.check_creation(create)?;
         let mut plan = SnapshotPlan::default();
@@ -56,11 +56,12 @@ impl Administrator {
                 return Err(refused);
             }
         };
+        let books = &mut **self;
         let mut making = Recorded {
-            keeper: &mut self.keeper,
+            keeper: &mut books.keeper,
             change: &mut change,
         };
-        let made = match plan.carry_out(&mut self.taken, &mut making) {
+        let made = match plan.carry_out(&mut books.taken, &mut making) {
             Ok(made) => made,
             Err(refusal) => {
                 self.forget(change);
@@ -73,9 +74,12 @@ impl Administrator {
             Ok(held) => {
                 made.deed.keep();
                 log_notes(&made.notes);
-                self.enter(held);
+                let as_planned = self.enter(held);
                 self.publish();
                 self.keeper.finish(change)?;
+                if !as_planned {
+                    self.record(|_| ())?;
+                }
                 for name in &create.snapshots {
                     self.tell(EventKind::Created, name);
                 }
@@ -165,9 +169,10 @@ impl Administrator {
         name: &SnapshotName,
         plan: &mut SnapshotPlan,
     ) -> Result<(), Refused> {
-        let volume = self.registry.volume(&name.volume).expect("checked before");
-        let origin = &volume.origin;
         let behaviour = self.behaviour(create);
+        let books = &mut **self;
+        let volume = books.registry.volume(&name.volume).expect("checked before");
+        let origin = &volume.origin;
         let beside = || disks::default_cow(origin, &name.volume, &name.snapshot);
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
@@ -179,11 +184,10 @@ impl Administrator {
             format: false,
             adopt: false,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: Some(behaviour),
         };
-        plan.add(&name.volume, origin, &request, &mut self.taken)?;
+        plan.add(&name.volume, origin, &request, &mut books.taken)?;
         Ok(())
     }
 
@@ -259,7 +263,7 @@ impl Administrator {
 
     /// Take the instant that the volumes hold, all of them before any answer is
     /// waited for.
-    fn take(&self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
+    fn take(&mut self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
             let (taken, answer) = channel();
@@ -276,7 +280,7 @@ impl Administrator {
     }
 
     /// Give the instant up, and wait until nobody uses the stores any more.
-    fn abandon(&self, places: &[(usize, VolumeId)]) {
+    fn abandon(&mut self, places: &[(usize, VolumeId)]) {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
             let (abandoned, answer) = channel();
@@ -289,18 +293,23 @@ impl Administrator {
         }
     }
 
-    fn enter(&mut self, held: Vec<HeldPart>) {
+    /// The registry has the snapshots from now on. False: the records have them as
+    /// of another second, in which they were planned.
+    fn enter(&mut self, held: Vec<HeldPart>) -> bool {
         let taken = Taken::Live(now());
+        let mut as_planned = true;
         for part in held {
             let volume = self
                 .registry
                 .volume_mut(&part.name)
                 .expect("volumes stay while an order is executed");
             for (id, facts) in part.ids.into_iter().zip(part.facts) {
+                as_planned &= facts.taken_at == taken.at();
                 let entry = SnapshotEntry::new(id, taken, facts);
                 volume.snapshots.push(entry);
             }
         }
+        as_planned
     }
 }
 

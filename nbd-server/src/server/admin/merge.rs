@@ -10,17 +10,19 @@ use nbdsnap_engine::StoreKind;
 use super::Administrator;
 use super::refusal::Refused;
 use super::remove::clean_up;
+use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
+use crate::disks::Merging;
 use crate::io::{News, NotMerged, VolumeAccess, VolumeOrder, What};
-use crate::server::registry::{MergeState, Suspension};
+use crate::server::registry::{MergeState, SnapshotEntry, Suspension};
 use crate::state::record::State;
 
 /// A disk comes to rest within this time, mostly.
 const BEGIN: Duration = Duration::from_mins(1);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn merge(&mut self, merge: &SnapshotMerge) -> Result<Answer, Refused> {
         let name = &merge.snapshot;
         let (_, volume, entry) = self.find(name)?;
@@ -85,7 +87,7 @@ impl Administrator {
     ) -> Result<(), Refused> {
         let (shard, volume, entry) = self.find(name)?;
         let (snapshot, before) = (entry.id, entry.merge);
-        self.record_merging(name, true)?;
+        self.record_merging(name, Some(Merging { delete_cow }))?;
         // It vanishes from the lists before its clients are dropped.
         self.set_merge(name, MergeState::Begun { delete_cow });
         self.publish();
@@ -114,16 +116,21 @@ impl Administrator {
         self.set_merge(name, before);
         self.publish();
         if before == MergeState::None {
-            self.record_merging(name, false)?;
+            self.record_merging(name, None)?;
         }
         Err(refused)
     }
 
     /// The mark that a restart goes by (durability.md, rule 12).
-    fn record_merging(&mut self, name: &SnapshotName, merging: bool) -> Result<(), Refused> {
+    fn record_merging(
+        &mut self,
+        name: &SnapshotName,
+        merging: Option<Merging>,
+    ) -> Result<(), Refused> {
         self.record(|next| {
             if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-                one.merging = merging;
+                one.merging = merging.is_some();
+                one.delete_cow = merging.is_some_and(|merging| merging.delete_cow);
             }
         })
     }
@@ -205,5 +212,22 @@ impl Administrator {
                 self.tell(EventKind::MergeFailed, &name);
             }
         }
+    }
+}
+
+impl Administrator {
+    /// The volume of which there may be something to follow.
+    pub(super) fn concerned(&self, news: &News) -> Option<String> {
+        let mut volumes = self.registry.volumes.iter();
+        let volume = volumes.find(|volume| volume.id == news.volume)?;
+        let waits = |entry: &SnapshotEntry| matches!(entry.merge, MergeState::Waiting { .. });
+        let follows = match news.what {
+            What::Merged => true,
+            What::ClientWent { .. } => {
+                news.snapshot.is_none() && volume.snapshots.iter().any(waits)
+            }
+            _ => false,
+        };
+        follows.then(|| volume.name.clone())
     }
 }

@@ -1,9 +1,12 @@
-//! The administrator: one thread that executes orders one after the other, and
-//! owns the registry. What takes long to make (stores, checks) is made here,
-//! before a volume is held; what a volume has to do is ordered from its thread,
-//! with a deadline.
+//! The administrator: a thread that has orders executed, each on a thread of its own,
+//! and the books: registry, records, files in use. Whoever has the books works alone
+//! ([`turn`]); an order that waits for long lays them down, so that looks, clients'
+//! ends and orders on other volumes do not wait behind it, while those on the same
+//! volume do ([`claims`]). What takes long to make (stores, checks) is made before a
+//! volume is held; what a volume has to do is ordered from its thread, with a deadline.
 
 mod adding;
+mod claims;
 mod clients;
 mod create;
 mod merge;
@@ -14,34 +17,36 @@ mod report;
 mod reset;
 mod resize;
 mod suspend;
+#[cfg(test)]
+mod tests;
+mod turn;
 mod volumes;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::thread::{JoinHandle, Scope as Threads};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
 use super::events::{Events, event_of};
-use super::registry::{Registry, VolumeEntry};
+use super::registry::Registry;
 use super::setup::Defaults;
 use crate::control::door::Office;
 use crate::control::protocol::{
     Answer, EventKind, EventReport, Order, Outcome, SnapshotName, VolumeRemove,
 };
-use crate::disks::Taken;
-use crate::io::{Herald, News, Shard, What};
-use crate::state::admission::state_with;
+use crate::disks::{Taken, shown};
+use crate::io::{Herald, Loss, News, Shard, What};
 use crate::state::files::SystemFiles;
 use crate::state::keeper::{Change, Keeper};
+use crate::state::place::settled;
 use crate::state::record::{IntentFile, State};
 use adding::Addition;
+use claims::Scope;
 use refusal::Refused;
-
-/// How often a thread that does not answer is looked after.
-const LOOK_AFTER: Duration = Duration::from_millis(50);
+use turn::{Shared, Turn};
 
 /// What reaches the administrator.
 #[derive(Debug)]
@@ -49,6 +54,10 @@ enum Letter {
     Order(Order, oneshot::Sender<Outcome>),
     /// Something has happened that the registry has to follow.
     News(News),
+    /// A snapshot is lost, and the list of its disk's stores is to say so.
+    Loss(Loss),
+    /// An order has ended: it may have left something to be done in time.
+    Ended,
     Stop,
 }
 
@@ -128,6 +137,11 @@ impl Herald for Crier {
             let _ = self.letters.send(Letter::News(news));
         }
     }
+
+    fn mark_lost(&self, loss: Loss) {
+        // Nobody there: it answers for itself when it is dropped.
+        let _ = self.letters.send(Letter::Loss(loss));
+    }
 }
 
 impl Administrator {
@@ -158,11 +172,16 @@ impl Administrator {
     }
 
     /// Begin to execute orders.
-    pub(super) fn start(self) -> std::io::Result<Admin> {
+    pub(super) fn start(mut self) -> std::io::Result<Admin> {
         let letters = self.mailroom.letters.clone();
+        let mailroom = std::mem::take(&mut self.mailroom);
         let events = Arc::clone(&self.events);
+        let shared = Shared::new(self);
         let builder = std::thread::Builder::new().name("administrator".into());
-        let thread = builder.spawn(move || self.work())?;
+        let thread = builder.spawn(move || {
+            std::thread::scope(|threads| work(&shared, &mailroom, threads));
+            shared.into_books().registry
+        })?;
         Ok(Admin {
             letters,
             thread,
@@ -170,50 +189,47 @@ impl Administrator {
         })
     }
 
-    fn work(mut self) -> Registry {
-        let mut kept = None;
-        loop {
-            let letter = match self.next_resumption() {
-                _ if kept.is_some() => kept.take().expect("looked at just now"),
-                None => match self.mailroom.inbox.recv() {
-                    Ok(letter) => letter,
-                    Err(_) => break,
-                },
-                Some(at) => {
-                    let left = at.saturating_duration_since(Instant::now());
-                    match self.mailroom.inbox.recv_timeout(left) {
-                        Ok(letter) => letter,
-                        Err(RecvTimeoutError::Timeout) => {
-                            self.resume_in_time();
-                            continue;
-                        }
-                        Err(RecvTimeoutError::Disconnected) => break,
-                    }
-                }
-            };
-            let letter = match Addition::of(letter) {
-                Ok(addition) => {
-                    kept = self.add_all(addition);
-                    continue;
-                }
-                Err(other) => other,
-            };
-            match letter {
-                Letter::Order(order, answer) => {
-                    let outcome = match self.execute(order) {
-                        Ok(answer) => Outcome::Done(answer),
-                        Err(refused) => Outcome::Refused(refused.to_string()),
-                    };
-                    // Whoever asked may have gone.
-                    let _ = answer.send(outcome);
-                }
-                Letter::News(news) => self.hear(&news),
-                Letter::Stop => break,
-            }
+    /// Write a loss down in the list of the disk's stores (durability.md, rule 6).
+    fn mark_lost(&mut self, loss: Loss) {
+        let volumes = &self.registry.volumes;
+        let volume = volumes.iter().find(|volume| volume.id == loss.volume);
+        let entry = volume.and_then(|volume| {
+            let mut entries = volume.snapshots.iter();
+            let entry = entries.find(|entry| entry.id == loss.snapshot)?;
+            Some((settled(&volume.origin.path), settled(&entry.cow)))
+        });
+        let Some((disk, cow)) = entry else {
+            return;
+        };
+        match self.keeper.mark_lost(&disk, &cow) {
+            Ok(true) => loss.marked(),
+            Ok(false) => tracing::error!("{}: its disk does not list it", shown(&cow)),
+            Err(error) => tracing::error!("the loss of a snapshot is not marked: {error}"),
         }
-        self.registry
     }
 
+    /// Take a change back that comes to nothing.
+    fn forget(&mut self, change: Change) {
+        if let Err(error) = self.keeper.abandon(change) {
+            tracing::error!("what was begun could not be taken back: {error}");
+        }
+    }
+
+    /// Have clients see what the registry has.
+    fn publish(&self) {
+        let exports = self.registry.exports();
+        self.directory
+            .publish(exports.expect("names were checked when they came"));
+    }
+
+    /// Tell followers of what has happened to a snapshot.
+    fn tell(&self, event: EventKind, name: &SnapshotName) {
+        let event = EventReport::new(event).of_volume(&name.volume);
+        self.events.publish(event.of_snapshot(&name.snapshot));
+    }
+}
+
+impl Turn<'_> {
     fn execute(&mut self, order: Order) -> Result<Answer, Refused> {
         match order {
             Order::SnapshotCreate(create) => self.create(&create),
@@ -239,13 +255,6 @@ impl Administrator {
         }
     }
 
-    /// What the records should say: all that is served, and what a start could not
-    /// serve.
-    fn recorded(&self) -> State {
-        let volumes = self.registry.volumes.iter();
-        state_with(&self.keeper, volumes.map(VolumeEntry::record).collect())
-    }
-
     /// Record a change that makes no file, before it takes effect.
     fn record(&mut self, edit: impl FnOnce(&mut State)) -> Result<(), Refused> {
         let change = self.commit_change(edit, Vec::new())?;
@@ -267,50 +276,86 @@ impl Administrator {
         }
         Ok(change)
     }
+}
 
-    /// Take a change back that comes to nothing.
-    fn forget(&mut self, change: Change) {
-        if let Err(error) = self.keeper.abandon(change) {
-            tracing::error!("what was begun could not be taken back: {error}");
-        }
-    }
-
-    /// Have clients see what the registry has.
-    fn publish(&self) {
-        let exports = self.registry.exports();
-        self.directory
-            .publish(exports.expect("names were checked when they came"));
-    }
-
-    /// Tell followers of what has happened to a snapshot.
-    fn tell(&self, event: EventKind, name: &SnapshotName) {
-        let event = EventReport::new(event).of_volume(&name.volume);
-        self.events.publish(event.of_snapshot(&name.snapshot));
-    }
-
-    /// Wait for a volume's thread.
-    fn wait<T>(
-        &self,
-        shard: usize,
-        answer: &Receiver<T>,
-        until: Option<Instant>,
-    ) -> Result<T, Refused> {
-        loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let wait = left.map_or(LOOK_AFTER, |left| left.min(LOOK_AFTER));
-            match answer.recv_timeout(wait) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Err(Refused::Stopping),
-                Err(RecvTimeoutError::Timeout) => {
-                    if self.shards[shard].has_ended() {
-                        return Err(Refused::Stopping);
-                    }
-                    if left.is_some_and(|left| left.is_zero()) {
-                        return Err(Refused::TooSlow);
-                    }
+/// Have everything done that comes, until it is to stop and all orders have ended.
+fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Threads<'scope, '_>) {
+    while let Some(letter) = next_letter(shared, mailroom) {
+        match letter {
+            Letter::Order(order, answer) => {
+                in_a_thread(threads, mailroom, move || shared.carry_out(order, answer));
+            }
+            Letter::News(news) => {
+                let concerned = shared.books().concerned(&news);
+                if let Some(volume) = concerned {
+                    in_a_thread(threads, mailroom, move || {
+                        if let Some(mut turn) = shared.turn(Scope::volume(&volume)) {
+                            turn.hear(&news);
+                        }
+                    });
                 }
             }
+            Letter::Loss(loss) => shared.books().mark_lost(loss),
+            Letter::Ended => {}
+            Letter::Stop => break,
         }
+    }
+    shared.claims.close();
+}
+
+impl Shared {
+    /// Execute an order and answer it, unless the server is stopping.
+    fn carry_out(&self, order: Order, answer: oneshot::Sender<Outcome>) {
+        let scope = Scope::of(&order);
+        let order = match Addition::of(order) {
+            Ok(volumes) => return self.add(scope, volumes, answer),
+            Err(order) => order,
+        };
+        if let Some(mut turn) = self.turn(scope) {
+            let outcome = outcome(turn.execute(order));
+            drop(turn);
+            // Whoever asked may have gone.
+            let _ = answer.send(outcome);
+        }
+    }
+}
+
+fn outcome(ended: Result<Answer, Refused>) -> Outcome {
+    match ended {
+        Ok(answer) => Outcome::Done(answer),
+        Err(refused) => Outcome::Refused(refused.to_string()),
+    }
+}
+
+/// The next letter; `None`: there will be no more. Meanwhile volumes go on that are to.
+fn next_letter(shared: &Shared, mailroom: &Mailroom) -> Option<Letter> {
+    loop {
+        let Some(at) = shared.books().next_resumption() else {
+            return mailroom.inbox.recv().ok();
+        };
+        let left = at.saturating_duration_since(Instant::now());
+        match mailroom.inbox.recv_timeout(left) {
+            Ok(letter) => return Some(letter),
+            Err(RecvTimeoutError::Timeout) => shared.books().resume_in_time(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+}
+
+/// Do what may have to wait.
+fn in_a_thread<'scope>(
+    threads: &'scope Threads<'scope, '_>,
+    mailroom: &Mailroom,
+    what: impl FnOnce() + Send + 'scope,
+) {
+    let letters = mailroom.letters.clone();
+    let builder = std::thread::Builder::new().name("order".into());
+    let begun = builder.spawn_scoped(threads, move || {
+        what();
+        let _ = letters.send(Letter::Ended);
+    });
+    if let Err(error) = begun {
+        tracing::error!("an order cannot be executed: {error}");
     }
 }
 
@@ -328,7 +373,7 @@ impl Admin {
         self.thread.is_finished()
     }
 
-    /// Finish the order that is being executed, refuse the others, and end.
+    /// Finish the orders that are being executed, refuse the others, and end.
     pub(super) fn stop(self) -> Option<Registry> {
         let _ = self.letters.send(Letter::Stop);
         self.thread.join().ok()

@@ -125,6 +125,10 @@ pub(super) enum Refused {
     ResetInUse(SnapshotName, u64),
     #[error("{0} stays as it is: its new store cannot take the old one's place: {1}")]
     NotExchanged(SnapshotName, String),
+    #[error(
+        "{0} was taken anew, but the name of its new store could not be made durable ({1}): after a power cut it may be lost; look at the disk that the store is on"
+    )]
+    NameInDoubt(SnapshotName, std::io::Error),
     #[error("the server is stopping")]
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]

@@ -7,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
 use crate::disks::{Scratch, shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
@@ -19,7 +19,7 @@ use crate::state::record::State;
 /// Operations on a store that is given up end within this time.
 pub(super) const LEAVE: Duration = Duration::from_secs(30);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn remove(&mut self, remove: &SnapshotRemove) -> Result<Answer, Refused> {
         let names = &remove.snapshots;
         if names.is_empty() {

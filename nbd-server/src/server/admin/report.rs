@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use nbdsnap_engine::{SnapshotId, Status, View};
 use nbdsnap_format::SECTOR_BYTES;
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{
     Answer, MergeReport, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
     WhenFull,
@@ -28,9 +28,11 @@ impl Said {
     }
 }
 
-impl Administrator {
+impl Turn<'_> {
     /// All snapshots of a volume, for `VOLUME`; one, for `VOLUME@NAME`; else all.
     pub(super) fn report_snapshots(&mut self, selection: &Selection) -> Result<Answer, Refused> {
+        // Before a look at the registry: while it waits, snapshots come and go.
+        let said = self.ask_shards()?;
         let mut wanted = Vec::new();
         if selection.names.is_empty() {
             for volume in &self.registry.volumes {
@@ -52,12 +54,16 @@ impl Administrator {
                 }),
             }
         }
-        self.report_named(&wanted)
+        self.reports_of(&wanted, &said)
     }
 
     /// Just these.
     pub(super) fn report_named(&mut self, wanted: &[SnapshotName]) -> Result<Answer, Refused> {
         let said = self.ask_shards()?;
+        self.reports_of(wanted, &said)
+    }
+
+    fn reports_of(&mut self, wanted: &[SnapshotName], said: &Said) -> Result<Answer, Refused> {
         let mut reports = Vec::new();
         for name in wanted {
             let missing = || Refused::NoSnapshot(name.clone());
@@ -68,13 +74,16 @@ impl Administrator {
                 .iter_mut()
                 .find(|entry| entry.name == name.snapshot)
                 .ok_or_else(missing)?;
-            reports.push(report(id, &volume_name, entry, &said));
+            reports.push(report(id, &volume_name, entry, said));
         }
         Ok(Answer::Snapshots(reports))
     }
 
     /// Those volumes that are `wanted`, by name.
-    pub(super) fn report_volumes(&self, wanted: &dyn Fn(&str) -> bool) -> Result<Answer, Refused> {
+    pub(super) fn report_volumes(
+        &mut self,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Answer, Refused> {
         let said = self.ask_shards()?;
         let volumes = self.registry.volumes.iter();
         let volumes = volumes.filter(|volume| wanted(&volume.name));
@@ -83,7 +92,7 @@ impl Administrator {
         Ok(Answer::Volumes(volumes.collect()))
     }
 
-    fn ask_shards(&self) -> Result<Said, Refused> {
+    fn ask_shards(&mut self) -> Result<Said, Refused> {
         let mut said = Said {
             statuses: BTreeMap::new(),
             clients: Vec::new(),

@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use nbdsnap_engine::View;
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, EventReport, SnapshotName};
-use crate::io::{ClientStatus, VolumeId, VolumeOrder};
+use crate::io::{ClientStatus, Shard, VolumeId, VolumeOrder};
 use crate::server::registry::VolumeEntry;
 
 /// A volume that closes has this long.
 pub(super) const LEAVE: Duration = Duration::from_mins(1);
 
-impl Administrator {
+impl Turn<'_> {
     /// Serve these volumes no longer: all of them, or none if one cannot go.
     pub(super) fn remove_volumes(
         &mut self,
@@ -40,7 +40,7 @@ impl Administrator {
     }
 
     fn check_removal<'a>(
-        &self,
+        &mut self,
         names: &'a [String],
         force: bool,
     ) -> Result<BTreeSet<&'a str>, Refused> {
@@ -101,22 +101,23 @@ impl Administrator {
     }
 
     /// Clients attached to a volume itself.
-    pub(super) fn origin_clients(&self, volume: VolumeId) -> Result<u64, Refused> {
+    pub(super) fn origin_clients(&mut self, volume: VolumeId) -> Result<u64, Refused> {
         self.count_clients(|client| client.volume == volume && client.view == View::Origin)
     }
 
     pub(super) fn count_clients(
-        &self,
+        &mut self,
         counts: impl Fn(&ClientStatus) -> bool,
     ) -> Result<u64, Refused> {
         let clients = self.all_clients()?;
         Ok(clients.iter().filter(|one| counts(one)).count() as u64)
     }
 
-    fn all_clients(&self) -> Result<Vec<ClientStatus>, Refused> {
+    fn all_clients(&mut self) -> Result<Vec<ClientStatus>, Refused> {
         let mut clients = Vec::new();
-        for (number, shard) in self.shards.iter().enumerate() {
-            clients.extend(self.wait(number, &shard.clients(), None)?);
+        let asked: Vec<_> = self.shards.iter().map(Shard::clients).collect();
+        for (shard, answer) in asked.into_iter().enumerate() {
+            clients.extend(self.wait(shard, &answer, None)?);
         }
         Ok(clients)
     }

@@ -1,0 +1,137 @@
+//! An order's turn with the books. One thread has them at a time; while it waits for
+//! a volume's thread for more than a moment, it lays them down for the others, and
+//! takes them up again afterwards. What it has read in them does not outlive a wait:
+//! the compiler sees to that. What it has claimed stays its own.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::Administrator;
+use super::adding::Addition;
+use super::claims::{Claimed, Claims, Scope};
+use super::refusal::Refused;
+use crate::state::admission::state_with;
+use crate::state::record::State;
+
+/// How often a thread that does not answer is looked after.
+const LOOK_AFTER: Duration = Duration::from_millis(50);
+/// A volume that answers within this time has been waited for with the books in hand:
+/// while it is held, nobody's files are in its way.
+const MOMENT: Duration = Duration::from_millis(100);
+
+/// What the threads share that execute orders.
+#[derive(Debug)]
+pub(super) struct Shared {
+    books: Mutex<Administrator>,
+    pub(super) claims: Arc<Claims>,
+    /// Orders to add volumes that have what they claim, and wait for the books.
+    pub(super) additions: Mutex<Vec<Addition>>,
+}
+
+/// An order that is being executed.
+#[derive(Debug)]
+pub(super) struct Turn<'a> {
+    shared: &'a Shared,
+    /// None only while it waits.
+    books: Option<MutexGuard<'a, Administrator>>,
+    claimed: Claimed,
+}
+
+impl Shared {
+    /// Nothing has been claimed yet.
+    pub(super) fn new(books: Administrator) -> Self {
+        Self {
+            books: Mutex::new(books),
+            claims: Arc::default(),
+            additions: Mutex::default(),
+        }
+    }
+
+    /// Wait for a turn with what `scope` names. `None`: no more orders are executed.
+    pub(super) fn turn(&self, scope: Scope) -> Option<Turn<'_>> {
+        let claimed = self.claims.claim(scope)?;
+        Some(self.turn_with(self.books(), claimed))
+    }
+
+    /// A turn with what was claimed before.
+    pub(super) fn turn_with<'a>(
+        &'a self,
+        books: MutexGuard<'a, Administrator>,
+        claimed: Claimed,
+    ) -> Turn<'a> {
+        Turn {
+            shared: self,
+            books: Some(books),
+            claimed,
+        }
+    }
+
+    /// The books, when there are no more orders.
+    pub(super) fn into_books(self) -> Administrator {
+        self.books.into_inner().expect("no order panics")
+    }
+
+    /// The books, for a moment.
+    pub(super) fn books(&self) -> MutexGuard<'_, Administrator> {
+        self.books.lock().expect("no order panics")
+    }
+}
+
+impl Deref for Turn<'_> {
+    type Target = Administrator;
+
+    fn deref(&self) -> &Administrator {
+        self.books.as_ref().expect("it does not wait")
+    }
+}
+
+impl DerefMut for Turn<'_> {
+    fn deref_mut(&mut self) -> &mut Administrator {
+        self.books.as_mut().expect("it does not wait")
+    }
+}
+
+impl Turn<'_> {
+    /// What the records should say: what is claimed as it is served now, and all
+    /// else as it was recorded. Others may be in the middle of a change.
+    pub(super) fn recorded(&self) -> State {
+        let volumes = self.registry.volumes.iter();
+        let mine = volumes.filter(|volume| self.claimed.has(&volume.name));
+        state_with(&self.keeper, mine.map(|volume| volume.record()).collect())
+    }
+
+    /// Wait for a volume's thread.
+    pub(super) fn wait<T>(
+        &mut self,
+        shard: usize,
+        answer: &Receiver<T>,
+        until: Option<Instant>,
+    ) -> Result<T, Refused> {
+        let shards = Arc::clone(&self.shards);
+        let moment = Instant::now() + MOMENT;
+        loop {
+            let now = Instant::now();
+            if now >= moment {
+                self.books = None;
+            }
+            let left = until.map(|until| until.saturating_duration_since(now));
+            let wait = left.map_or(LOOK_AFTER, |left| left.min(LOOK_AFTER));
+            let outcome = match answer.recv_timeout(wait) {
+                Ok(answer) => Ok(answer),
+                Err(RecvTimeoutError::Disconnected) => Err(Refused::Stopping),
+                Err(RecvTimeoutError::Timeout) if shards[shard].has_ended() => {
+                    Err(Refused::Stopping)
+                }
+                Err(RecvTimeoutError::Timeout) if left.is_some_and(|left| left.is_zero()) => {
+                    Err(Refused::TooSlow)
+                }
+                Err(RecvTimeoutError::Timeout) => continue,
+            };
+            let shared = self.shared;
+            self.books.get_or_insert_with(|| shared.books());
+            return outcome;
+        }
+    }
+}
