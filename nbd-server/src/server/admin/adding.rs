@@ -174,24 +174,31 @@ impl Administrator {
 
     /// Have volumes leave that have come just now, and that nobody has seen.
     fn unhost(&mut self, names: &[String]) {
-        let until = Instant::now() + LEAVE;
-        let mut leaving = Vec::new();
+        let mut gone = Vec::new();
         for name in names {
             let mut volumes = self.registry.volumes.iter();
             if let Some(place) = volumes.position(|one| one.name == *name) {
-                let entry = self.registry.volumes.remove(place);
-                let (left, told) = channel();
-                self.shards[entry.shard].order(entry.id, VolumeOrder::Leave { left });
-                leaving.push((entry.shard, told));
+                gone.push(self.registry.volumes.remove(place));
             }
         }
+        self.have_leave(gone.iter().map(|entry| (entry.shard, entry.id)));
+    }
+
+    /// Have volumes give up their files. The error that led here is the one to tell of.
+    fn have_leave(&self, volumes: impl Iterator<Item = (usize, VolumeId)>) {
+        let until = Instant::now() + LEAVE;
+        let mut leaving = Vec::new();
+        for (shard, id) in volumes {
+            let (left, told) = channel();
+            self.shards[shard].order(id, VolumeOrder::Leave { left });
+            leaving.push((shard, told));
+        }
         for (shard, told) in leaving {
-            // The error that led here is the one to tell of.
             let _ = self.wait(shard, &told, Some(until));
         }
     }
 
-    /// Have volumes move to their threads; if one cannot, those that can stay in the
+    /// Have volumes move to their threads; if one cannot, the others are in the
     /// registry all the same, for [`Administrator::unhost`].
     fn host(&mut self, volumes: Vec<OpenVolume>) -> Result<(), Refused> {
         let share = moving::share_of_copy_memory(self.registry.volumes.len() + volumes.len());
@@ -224,7 +231,10 @@ impl Administrator {
                     .registry
                     .volumes
                     .push(moving::end(entry, facts, &views)),
-                Err(refused) => failed = failed.or(Some(refused)),
+                Err(refused) => {
+                    self.have_leave(std::iter::once((entry.shard, entry.id)));
+                    failed = failed.or(Some(refused));
+                }
             }
         }
         failed.map_or(Ok(()), Err)
