@@ -6,6 +6,7 @@
 //! A normal run has a few dozen of them; `NBDSNAP_LONG` has a thousand.
 
 use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use nbdsnap::client::Client;
 use nbdsnap_tests::harness::files::{folder, random_file, sha256};
 use nbdsnap_tests::harness::live::{attach, contents, done, names, one_line, refused};
-use nbdsnap_tests::harness::process::Running;
+use nbdsnap_tests::harness::process::{Running, wait_until};
 use nbdsnap_tests::harness::random::{Random, long_run, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
 
@@ -53,12 +54,16 @@ impl Place {
         self.folder.path().join(name)
     }
 
-    /// A server that remembers so many volumes with a snapshot each.
+    /// A server that remembers so many volumes with a snapshot each, at least.
     fn serve(&self, volumes: usize) -> Server {
         let mut serve = Serve::on_socket_in(self.folder.path());
         serve.control_in(self.folder.path());
         serve.state(&self.path("state"), 2 * volumes);
-        serve.start()
+        let server = serve.start();
+        wait_until("it takes orders", || {
+            UnixStream::connect(server.control()).is_ok()
+        });
+        server
     }
 
     fn cow(&self, volume: usize) -> PathBuf {
@@ -218,14 +223,8 @@ fn many_volumes_share_a_base_and_nothing_else() {
     let server = place.serve(many);
     compare_all(&server, &models, "after a kill");
 
-    let exports: Vec<String> = (0..many).map(|one| format!("fork{one}@w")).collect();
-    let mut removal = vec!["snapshot", "remove", "--delete-cow"];
-    removal.extend(exports.iter().map(String::as_str));
-    done(&server, &removal);
+    remove_all(&server, many);
     assert_eq!(place.files(), BTreeSet::new());
-    let mut removal: Vec<String> = ["volume", "remove"].map(str::to_owned).into();
-    removal.extend((0..many).map(|one| format!("fork{one}")));
-    done(&server, &as_words(&removal));
     server.stop();
     assert_eq!(sha256(&place.path("base.img")), hash);
     // Nobody's store is left: it may be written again.
@@ -289,16 +288,34 @@ fn volumes_of_one_order_are_all_served_or_none() {
     server.stop();
 }
 
+/// End all forks, with their stores.
+fn remove_all(server: &Server, many: usize) {
+    let forks: Vec<String> = (0..many).map(|one| format!("fork{one}@w")).collect();
+    let mut words = vec!["snapshot", "remove", "--delete-cow"];
+    words.extend(forks.iter().map(String::as_str));
+    done(server, &words);
+    let forks: Vec<String> = (0..many).map(|one| format!("fork{one}")).collect();
+    let mut words = vec!["volume", "remove"];
+    words.extend(forks.iter().map(String::as_str));
+    done(server, &words);
+}
+
 #[test]
 fn a_kill_leaves_all_volumes_of_an_order_or_none() {
     let mut place = Place::new("a_kill_in_the_middle");
     let many = 40;
-    let rounds = if long_run().is_some() { 40 } else { 6 };
+    let rounds = if long_run().is_some() { 60 } else { 8 };
+    let server = place.serve(0);
+    let began = Instant::now();
+    done(&server, &as_words(&place.addition(0..many)));
+    let took = began.elapsed().as_micros() as u64;
+    remove_all(&server, many);
+    server.stop();
     let (mut none, mut all) = (0, 0);
     for _ in 0..rounds {
         let server = place.serve(0);
         let order = Running::start(&mut server.order_command(place.addition(0..many)));
-        let moment = Duration::from_micros(place.random.below(150_000));
+        let moment = Duration::from_micros(place.random.below(took * 5 / 4));
         thread::sleep(moment);
         server.kill();
         let finished = order.finish();
@@ -320,14 +337,7 @@ fn a_kill_leaves_all_volumes_of_an_order_or_none() {
             none += 1;
         } else {
             all += 1;
-            let forks: Vec<String> = (0..many).map(|one| format!("fork{one}@w")).collect();
-            let mut words = vec!["snapshot", "remove", "--delete-cow"];
-            words.extend(forks.iter().map(String::as_str));
-            done(&server, &words);
-            let forks: Vec<String> = (0..many).map(|one| format!("fork{one}")).collect();
-            let mut words = vec!["volume", "remove"];
-            words.extend(forks.iter().map(String::as_str));
-            done(&server, &words);
+            remove_all(&server, many);
         }
         server.stop();
     }

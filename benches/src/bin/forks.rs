@@ -319,9 +319,16 @@ fn one_order(options: &Options, server: &Server) -> Result<(Rate, Rest), BenchEr
 struct Load {
     requests: u64,
     seconds: f64,
-    median_ms: f64,
-    p99_ms: f64,
+    /// Median and 99th percentile, in milliseconds.
+    reads: (f64, f64),
+    /// The same.
+    writes: (f64, f64),
     threads: u64,
+}
+
+/// For microseconds, up to ten minutes.
+fn times() -> Result<Histogram<u64>, BenchError> {
+    Histogram::new_with_bounds(1, 600_000_000, 2).map_err(unsuitable("a histogram"))
 }
 
 /// A client for each volume, all at once, each with one request at a time: reads and
@@ -330,12 +337,12 @@ fn load(options: &Options, server: &Server) -> Result<Load, BenchError> {
     let begin = Barrier::new(options.volumes + 1);
     let blocks = (options.size << 20) / BLOCK as u64;
     let time = Duration::from_secs(options.time);
-    let one = |number: usize| -> Result<Histogram<u64>, BenchError> {
+    let one = |number: usize| -> Result<[Histogram<u64>; 2], BenchError> {
         let attached = server.attach(number);
         begin.wait();
         let mut client = attached?;
         let mut rng = Rng::new(options.seed + number as u64);
-        let mut times = Histogram::new(3).map_err(unsuitable("a histogram"))?;
+        let mut seen = [times()?, times()?];
         let block = [number as u8; BLOCK];
         let until = Instant::now() + time;
         let mut count = 0;
@@ -351,10 +358,10 @@ fn load(options: &Options, server: &Server) -> Result<Load, BenchError> {
                     .read(at, BLOCK as u32)
                     .map_err(unsuitable("a read"))?;
             }
+            seen[count % 2].saturating_record(sent.elapsed().as_micros() as u64);
             count += 1;
-            times.saturating_record(sent.elapsed().as_micros() as u64);
         }
-        Ok(times)
+        Ok(seen)
     };
     let (results, threads) = thread::scope(|scope| {
         let clients: Vec<_> = (0..options.volumes)
@@ -371,15 +378,20 @@ fn load(options: &Options, server: &Server) -> Result<Load, BenchError> {
         let results: Result<Vec<_>, _> = ends.map(|end| end.expect("it does not panic")).collect();
         (results, threads)
     });
-    let mut all = Histogram::<u64>::new(3).map_err(unsuitable("a histogram"))?;
-    for one in results? {
-        all.add(one).map_err(unsuitable("a histogram"))?;
+    let (mut writes, mut reads) = (times()?, times()?);
+    for [of_writes, of_reads] in results? {
+        let added = writes.add(of_writes).and_then(|()| reads.add(of_reads));
+        added.map_err(unsuitable("a histogram"))?;
     }
+    let spread = |all: &Histogram<u64>| {
+        let at = |part| all.value_at_quantile(part) as f64 / 1000.0;
+        (at(0.5), at(0.99))
+    };
     Ok(Load {
-        requests: all.len(),
+        requests: reads.len() + writes.len(),
         seconds: options.time as f64,
-        median_ms: all.value_at_quantile(0.5) as f64 / 1000.0,
-        p99_ms: all.value_at_quantile(0.99) as f64 / 1000.0,
+        reads: spread(&reads),
+        writes: spread(&writes),
         threads,
     })
 }
@@ -426,7 +438,9 @@ fn report(options: &Options, rates: &[Rate], rest: &Rest, load: &Load, restart: 
             "at_rest": {"bytes_each": rest.bytes_each, "threads": rest.threads},
             "load": {
                 "clients": options.volumes, "requests_per_second": per_second,
-                "median_ms": load.median_ms, "p99_ms": load.p99_ms, "threads": load.threads,
+                "reads": {"median_ms": load.reads.0, "p99_ms": load.reads.1},
+                "writes": {"median_ms": load.writes.0, "p99_ms": load.writes.1},
+                "threads": load.threads,
             },
             "restart_seconds": restart.seconds,
         });
@@ -444,8 +458,8 @@ fn report(options: &Options, rates: &[Rate], rest: &Rest, load: &Load, restart: 
         rest.threads
     );
     println!(
-        "{} clients at once, reads and writes of 4 KiB: {per_second:.0} requests a second, median {:.1} ms, p99 {:.1} ms, {} threads",
-        options.volumes, load.median_ms, load.p99_ms, load.threads
+        "{} clients at once, reads and writes of 4 KiB: {per_second:.0} requests a second, reads median {:.1} ms, p99 {:.1} ms, writes median {:.0} ms, p99 {:.0} ms, {} threads",
+        options.volumes, load.reads.0, load.reads.1, load.writes.0, load.writes.1, load.threads
     );
     println!(
         "all of them served again after a kill: {:.2} s",

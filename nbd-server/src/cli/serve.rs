@@ -414,37 +414,43 @@ fn plan(
     for volume in &plan.offered() {
         admission::admit(keeper, volume, without).map_err(Failure::refused)?;
     }
-    for request in remembered {
-        let name = request.name.clone();
-        let remembered = admission::as_listed(keeper, vec![request])
-            .map_err(|error| error.to_string())
-            .and_then(|requests| {
-                remember(keeper, &mut plan, requests, without, taken)
-                    .map_err(|refusal| refusal.to_string())
-            });
-        if let Err(why) = remembered {
-            tracing::error!("{name} is not served: {why}");
+    // All together, which is faster by far; if one of them cannot be, each by itself.
+    if remember(keeper, &mut plan, remembered.clone(), without, taken).is_err() {
+        for request in remembered {
+            let name = request.name.clone();
+            if let Err(why) = remember(keeper, &mut plan, vec![request], without, taken) {
+                tracing::error!("{name} is not served: {why}");
+            }
         }
     }
     Ok(plan)
 }
 
-/// Add a volume that the records name.
+/// Add volumes that the records name, all or none.
 fn remember(
     keeper: &Keeper<SystemFiles>,
     plan: &mut Plan,
-    mut requests: Vec<VolumeRequest>,
+    requests: Vec<VolumeRequest>,
     without: &[PathBuf],
     taken: &mut Taken,
-) -> Result<(), disks::Refusal> {
+) -> Result<(), String> {
+    let mut requests = admission::as_listed(keeper, requests).map_err(|error| error.to_string())?;
     let given_up: Vec<PathBuf> = without.iter().map(|path| settled(path)).collect();
     for request in &mut requests {
         let snapshots = &mut request.snapshots;
         snapshots.retain(|snapshot| !given_up.contains(&settled(&snapshot.cow)));
     }
-    plan.add(requests, taken)?;
-    let volume = plan.last_offered().expect("it was added just now");
-    admission::admit(keeper, &volume, without).inspect_err(|_| plan.drop_last(taken))
+    let count = requests.len();
+    plan.add(requests, taken)
+        .map_err(|refusal| refusal.to_string())?;
+    let offered = plan.last_offered(count);
+    let admitted = offered
+        .iter()
+        .try_for_each(|volume| admission::admit(keeper, volume, without));
+    admitted.map_err(|refusal| {
+        plan.drop_last(count, taken);
+        refusal.to_string()
+    })
 }
 
 /// A volume that was asked for has the snapshots that the records name too. What

@@ -212,6 +212,26 @@ pub fn inspect(requests: Vec<VolumeRequest>, taken: &mut Taken) -> Result<Plan, 
     Ok(plan)
 }
 
+fn plan_snapshot(
+    wanted: &SnapshotRequest,
+    origin: &Origin,
+    found: open::Found,
+) -> Result<(PlannedSnapshot, Vec<Note>), Refusal> {
+    let mut notes = Vec::new();
+    let cow = cow::plan(wanted, origin, found, &mut notes)?;
+    let snapshot = PlannedSnapshot {
+        name: wanted.name.clone(),
+        read_only: wanted.read_only || !origin.access.writes_stores(),
+        kind: wanted.kind,
+        limit: wanted.size,
+        adopted: wanted.adopt,
+        past: Past::of(wanted, origin, &cow),
+        behaviour: wanted.behaviour,
+        cow,
+    };
+    Ok((snapshot, notes))
+}
+
 impl Plan {
     /// Open, lock and check these too. What is refused is not in the plan, nor in
     /// `taken`.
@@ -239,38 +259,37 @@ impl Plan {
             let disk = open::origin(&request, taken)?;
             origins.push((request, disk));
         }
-        let mut volumes = Vec::new();
-        for (request, disk) in origins {
-            let mut snapshots = Vec::new();
+        let mut cows = Vec::new();
+        for (request, disk) in &origins {
             for wanted in &request.snapshots {
                 let role = Role::Cow(names::export(&request.name, &wanted.name));
                 let found = open::cow(&wanted.cow, request.access, role, taken)?;
-                let origin = Origin::of(&disk, request.access);
-                let cow = cow::plan(wanted, &origin, found, &mut self.notes)?;
-                snapshots.push(PlannedSnapshot {
-                    name: wanted.name.clone(),
-                    read_only: wanted.read_only || !request.access.writes_stores(),
-                    kind: wanted.kind,
-                    limit: wanted.size,
-                    adopted: wanted.adopt,
-                    past: Past::of(wanted, &origin, &cow),
-                    behaviour: wanted.behaviour,
-                    cow,
-                });
+                cows.push((wanted, Origin::of(disk, request.access), found));
             }
-            volumes.push(PlannedVolume {
-                name: request.name,
-                disk,
-                access: request.access,
-                snapshots,
-            });
         }
-        Ok(volumes)
+        // Each may wait for a flush.
+        let planned = together::each(cows, |(wanted, origin, found)| {
+            plan_snapshot(wanted, &origin, found)
+        });
+        let mut snapshots = Vec::new();
+        for one in planned {
+            let (snapshot, notes) = one?;
+            snapshots.push(snapshot);
+            self.notes.extend(notes);
+        }
+        let mut snapshots = snapshots.into_iter();
+        let volumes = origins.into_iter().map(|(request, disk)| PlannedVolume {
+            name: request.name,
+            disk,
+            access: request.access,
+            snapshots: snapshots.by_ref().take(request.snapshots.len()).collect(),
+        });
+        Ok(volumes.collect())
     }
 
-    /// Take the last volume that was added out again: it is not served after all.
-    pub fn drop_last(&mut self, taken: &mut Taken) {
-        if let Some(volume) = self.volumes.pop() {
+    /// Take the last volumes that were added out again: they are not served after all.
+    pub fn drop_last(&mut self, count: usize, taken: &mut Taken) {
+        for volume in self.volumes.drain(self.volumes.len() - count..) {
             taken.give_back_volume(&volume.name);
         }
     }

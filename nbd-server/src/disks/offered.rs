@@ -54,9 +54,10 @@ impl Plan {
         self.volumes.iter().map(offered_volume).collect()
     }
 
-    /// What was added last.
-    pub fn last_offered(&self) -> Option<OfferedVolume> {
-        self.volumes.last().map(offered_volume)
+    /// The last `count` that were added.
+    pub fn last_offered(&self, count: usize) -> Vec<OfferedVolume> {
+        let before = self.volumes.len() - count;
+        self.volumes[before..].iter().map(offered_volume).collect()
     }
 }
 

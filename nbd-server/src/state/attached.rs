@@ -5,6 +5,7 @@
 //! with it. A disk that is served read-only needs no list and changes none.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -143,10 +144,10 @@ impl Attached {
         findings
     }
 
-    /// Its stores by their paths.
-    pub fn by_cow(&self) -> BTreeMap<&Path, &AttachedStore> {
+    /// Its stores by their paths, which are compared as text: they are settled.
+    pub fn by_cow(&self) -> BTreeMap<&OsStr, &AttachedStore> {
         let stores = self.stores.iter();
-        stores.map(|store| (store.cow.as_path(), store)).collect()
+        stores.map(|store| (store.cow.as_os_str(), store)).collect()
     }
 
     /// The store at this path.
@@ -167,8 +168,8 @@ impl Attached {
     }
 
     fn filtered(&self, paths: &[StorePath], keep: bool) -> Self {
-        let paths: BTreeSet<&Path> = paths.iter().map(|path| path.0.as_path()).collect();
-        let kept = |store: &&AttachedStore| paths.contains(store.cow.as_path()) == keep;
+        let paths: BTreeSet<&OsStr> = paths.iter().map(|path| path.0.as_os_str()).collect();
+        let kept = |store: &&AttachedStore| paths.contains(store.cow.as_os_str()) == keep;
         Self {
             stores: self.stores.iter().filter(kept).cloned().collect(),
         }
@@ -179,7 +180,7 @@ impl Attached {
     #[must_use]
     pub fn with(&self, other: &Self) -> Self {
         let known = self.by_cow();
-        let unknown = |store: &&AttachedStore| !known.contains_key(store.cow.as_path());
+        let unknown = |store: &&AttachedStore| !known.contains_key(store.cow.as_os_str());
         let mut stores = self.stores.clone();
         stores.extend(other.stores.iter().filter(unknown).cloned());
         Self { stores }

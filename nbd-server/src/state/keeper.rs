@@ -359,12 +359,16 @@ impl<F: Files> Keeper<F> {
     fn lists_that_change(&self, next: &State) -> Result<Vec<IntentList>, StateError> {
         let mut lists = Vec::new();
         let before = self.state.lists();
+        let nothing = Attached::default();
         for (&disk, list) in &next.lists() {
             if before.get(disk) == Some(list) {
                 continue;
             }
             let is_shared = self.state.shares(disk) || next.shares(disk);
-            let about = is_shared.then(|| self.state.changed_stores(next, disk));
+            let about = is_shared.then(|| {
+                let before = before.get(disk).unwrap_or(&nothing);
+                self.state.changed_stores(next, disk, before, list)
+            });
             if about.as_ref().is_none_or(|stores| !stores.is_empty()) {
                 lists.push(IntentList {
                     disk: disk.to_owned(),
@@ -395,24 +399,27 @@ impl<F: Files> Keeper<F> {
 
     /// Every list says what the state says; a store that is lost stays lost.
     fn settle_lists(&mut self, intent: &Intent) -> Result<(), StateError> {
-        for IntentList { disk, list, about } in &intent.lists {
+        let lists = self.state.lists();
+        let wanted: Vec<Attached> = intent
+            .lists
+            .iter()
+            .map(|one| lists.get(one.disk.as_path()).cloned().unwrap_or_default())
+            .collect();
+        for (IntentList { list, about, .. }, mut wanted) in intent.lists.iter().zip(wanted) {
             let _held = self.hold_shared(list, about.as_ref());
             let as_written = self.read_list(list)?;
             let now = self.settled_list(Arc::clone(&as_written))?;
-            let mut lists = self.state.lists();
-            let mut wanted = lists.remove(disk.as_path()).unwrap_or_default();
             if let Some(about) = about {
                 // The others may be in the middle of a change of their own.
                 wanted = as_written.without(about).with(&wanted.only(about));
             }
             let known = now.by_cow();
             for store in &mut wanted.stores {
-                let now = known.get(store.cow.as_path());
+                let now = known.get(store.cow.as_os_str());
                 if now.is_some_and(|now| now.mark == Mark::Lost) {
                     store.mark = Mark::Lost;
                 }
             }
-            drop(lists);
             self.write_list(list, &wanted)?;
         }
         Ok(())
@@ -431,7 +438,7 @@ impl<F: Files> Keeper<F> {
         let named: Vec<bool> = intent
             .files
             .iter()
-            .map(|file| named.contains(file.path.as_path()))
+            .map(|file| named.contains(file.path.as_os_str()))
             .collect();
         for (file, is_named) in intent.files.iter().zip(named) {
             if let Some(made_as) = file.made_as()

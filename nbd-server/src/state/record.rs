@@ -1,6 +1,7 @@
 //! The records of a state folder: what a server has, and what it is about to do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 
@@ -99,22 +100,24 @@ impl State {
 
     /// Of a shared disk's stores, those of which `next` says something else than this
     /// state does: they join the list, change on it or leave it. A volume that leaves
-    /// the server has its stores stay.
-    pub fn changed_stores(&self, next: &Self, disk: &Path) -> Vec<StorePath> {
-        let (before, after) = (self.lists(), next.lists());
-        let empty = Attached::default();
-        let before = before.get(disk).unwrap_or(&empty);
-        let after = after.get(disk).unwrap_or(&empty);
-        let known = before.by_cow();
-        let joins = |one: &&AttachedStore| known.get(one.cow.as_path()) != Some(one);
+    /// the server has its stores stay. `before` and `after` are what the two states
+    /// say of the disk.
+    pub fn changed_stores(
+        &self,
+        next: &Self,
+        disk: &Path,
+        before: &Attached,
+        after: &Attached,
+    ) -> Vec<StorePath> {
+        let (known, kept) = (before.by_cow(), after.by_cow());
+        let joins = |one: &&AttachedStore| known.get(one.cow.as_os_str()) != Some(one);
         let joining = after.stores.iter().filter(joins);
         let mut changed: Vec<StorePath> = joining.map(|one| StorePath(one.cow.clone())).collect();
-        let kept = after.by_cow();
         let stays = next.by_name();
         let here = self.volumes.iter().filter(|volume| volume.disk == disk);
         for volume in here.filter(|volume| stays.contains_key(volume.name.as_str())) {
             let cows = volume.snapshots.iter().map(|snapshot| &snapshot.cow);
-            let leaving = cows.filter(|cow| !kept.contains_key(cow.as_path()));
+            let leaving = cows.filter(|cow| !kept.contains_key(cow.as_os_str()));
             changed.extend(leaving.map(|cow| StorePath(cow.clone())));
         }
         changed
@@ -158,11 +161,11 @@ impl State {
     }
 
     /// Every store that a snapshot names.
-    pub fn cows(&self) -> BTreeSet<&Path> {
+    pub fn cows(&self) -> BTreeSet<&OsStr> {
         self.volumes
             .iter()
             .flat_map(|volume| &volume.snapshots)
-            .map(|snapshot| snapshot.cow.as_path())
+            .map(|snapshot| snapshot.cow.as_os_str())
             .collect()
     }
 }

@@ -191,7 +191,7 @@ impl Turn<'_> {
         let made = self.make_and_host(plan, &mut change, &mut hosted);
         let committed = made.and_then(|()| Ok(self.keeper.commit(&mut change)?));
         if let Err(refused) = committed {
-            self.unhost(hosted);
+            self.unhost(&hosted);
             self.forget(change);
             return Err(refused);
         }
@@ -221,16 +221,20 @@ impl Turn<'_> {
     }
 
     /// Have volumes leave that have come just now, and that nobody has seen.
-    fn unhost(&mut self, hosted: Vec<VolumeEntry>) {
+    fn unhost(&mut self, hosted: &[VolumeEntry]) {
+        self.have_leave(hosted.iter().map(|entry| (entry.shard, entry.id)));
+    }
+
+    /// Have volumes give up their files. The error that led here is the one to tell of.
+    fn have_leave(&mut self, volumes: impl Iterator<Item = (usize, VolumeId)>) {
         let until = Instant::now() + LEAVE;
         let mut leaving = Vec::new();
-        for entry in hosted {
+        for (shard, id) in volumes {
             let (left, told) = channel();
-            self.shards[entry.shard].order(entry.id, VolumeOrder::Leave { left });
-            leaving.push((entry.shard, told));
+            self.shards[shard].order(id, VolumeOrder::Leave { left });
+            leaving.push((shard, told));
         }
         for (shard, told) in leaving {
-            // The error that led here is the one to tell of.
             let _ = self.wait(shard, &told, Some(until));
         }
     }
@@ -270,7 +274,10 @@ impl Turn<'_> {
             let views = self.wait(entry.shard, &answer, None);
             match views.and_then(|views| views.map_err(Refused::NotTaken)) {
                 Ok(views) => hosted.push(moving::end(entry, facts, &views)),
-                Err(refused) => failed = failed.or(Some(refused)),
+                Err(refused) => {
+                    self.have_leave(std::iter::once((entry.shard, entry.id)));
+                    failed = failed.or(Some(refused));
+                }
             }
         }
         failed.map_or(Ok(()), Err)

@@ -2,8 +2,10 @@
 //! the volume lets a snapshot go its store misses writes; then it vanishes from
 //! the lists, its clients are dropped, and its store is given back.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -54,15 +56,24 @@ impl Turn<'_> {
             answers.push((name, shard, entry, answer));
         }
         let mut failed = None;
+        let mut deleted = BTreeMap::new();
         for (name, shard, entry, answer) in answers {
             let ended = match self.wait(shard, &answer, Some(until)) {
                 Err(Refused::TooSlow) => Err(Refused::StillBusy(name.clone(), LEAVE.as_secs())),
                 other => other,
             };
             self.taken.give_back_cow(&name.to_string());
-            let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
+            let cow = entry.cow.clone();
+            let cleaned = ended.and_then(|()| give_back(name, entry, remove.delete_cow));
+            if cleaned.is_ok() && remove.delete_cow {
+                deleted.insert(cow.parent().map(Path::to_owned), (name, cow));
+            }
             failed = failed.or(cleaned.err());
             self.tell(EventKind::Removed, name);
+        }
+        // Each folder once, of however many stores it had.
+        for (name, cow) in deleted.into_values() {
+            failed = failed.or(make_durable(name, &cow).err());
         }
         self.keeper.finish(change)?;
         failed.map_or(Ok(answer), Err)
@@ -118,6 +129,22 @@ pub(super) fn clean_up(
     entry: SnapshotEntry,
     delete: bool,
 ) -> Result<(), Refused> {
+    let cow = entry.cow.clone();
+    give_back(name, entry, delete)?;
+    if delete {
+        make_durable(name, &cow)?;
+    }
+    Ok(())
+}
+
+/// That a store was deleted.
+fn make_durable(name: &SnapshotName, cow: &Path) -> Result<(), Refused> {
+    sync_folder_of(cow)
+        .map_err(|error| Refused::NotDeleted(name.clone(), shown(cow), error.to_string()))
+}
+
+/// The same as [`clean_up`], not durable yet.
+fn give_back(name: &SnapshotName, entry: SnapshotEntry, delete: bool) -> Result<(), Refused> {
     let path = shown(&entry.cow);
     let done = if delete {
         delete_store(&entry)
@@ -139,6 +166,5 @@ fn delete_store(entry: &SnapshotEntry) -> io::Result<()> {
             "it is a symbolic link: delete what it leads to",
         ));
     }
-    std::fs::remove_file(&entry.cow)?;
-    sync_folder_of(&entry.cow)
+    std::fs::remove_file(&entry.cow)
 }
