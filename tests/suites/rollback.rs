@@ -290,11 +290,22 @@ fn a_rollback_shows_a_bar_on_a_terminal_and_nothing_in_a_pipe() {
     assert_eq!(piped.stderr, "");
     assert_eq!(piped.ok().text(), "vm@then: merged\n");
     // Nobody waits for the end of it.
-    done(&server, &["snapshot", "create", "vm@then", "--chunk", "4K"]);
+    server.stop();
+    let server = large_rollback(&scene);
     let words = ["snapshot", "merge", "vm@then", "--background"];
     let background = server.order(words).ok();
     assert_eq!(background.stderr, "");
     assert!(background.text().starts_with("vm@then: "), "{background}");
+    // What is refused meanwhile is not written down either.
+    let again = ["snapshot", "merge", "vm@then", "--delete-cow"];
+    let again = server.order(again);
+    let list = std::fs::read_to_string(scene.path("large.img.nbdsnap")).unwrap_or_default();
+    assert!(
+        again.code == Some(1) && !list.contains("\"delete_cow\": true"),
+        "{again}: {list}"
+    );
+    wait_until("it is done", || state_of(&server, "vm@then").is_none());
+    assert!(scene.path("large.img.then.cow").exists());
     server.stop();
 }
 

@@ -14,7 +14,6 @@ use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
-use crate::disks::Merging;
 use crate::io::{News, NotMerged, VolumeOrder, What};
 use crate::server::registry::{MergeState, SnapshotEntry, Suspension};
 use crate::state::record::State;
@@ -50,6 +49,13 @@ impl Turn<'_> {
             MergeClients::Wait if clients > 0 => {
                 self.set_merge(name, MergeState::Waiting { delete_cow });
                 self.tell(EventKind::MergeWaiting, name);
+                // The last of them may have gone between the look and the note.
+                if self.origin_clients(volume)? == 0 {
+                    match self.begin_merge(name, true, delete_cow) {
+                        Ok(()) | Err(Refused::MergeInUse(..)) => {}
+                        Err(refused) => return Err(refused),
+                    }
+                }
             }
             MergeClients::Refuse if clients > 0 && !tries_again => {
                 return Err(Refused::MergeInUse(name.volume.clone(), clients));
@@ -85,7 +91,7 @@ impl Turn<'_> {
     ) -> Result<(), Refused> {
         let (shard, volume, entry) = self.find(name)?;
         let (snapshot, before) = (entry.id, entry.merge);
-        self.record_merging(name, Some(Merging { delete_cow }))?;
+        self.record_merging(name, delete_cow)?;
         // It vanishes from the lists before its clients are dropped.
         self.set_merge(name, MergeState::Begun { delete_cow });
         self.publish();
@@ -111,24 +117,19 @@ impl Turn<'_> {
             }
             Err(NotMerged::Failed(why)) => Refused::NotMergeable(name.clone(), why.to_owned()),
         };
+        // The mark goes again, or says what it said before.
         self.set_merge(name, before);
         self.publish();
-        if before == MergeState::None {
-            self.record_merging(name, None)?;
-        }
+        self.record(|_| ())?;
         Err(refused)
     }
 
     /// The mark that a restart goes by (durability.md, rule 12).
-    fn record_merging(
-        &mut self,
-        name: &SnapshotName,
-        merging: Option<Merging>,
-    ) -> Result<(), Refused> {
+    fn record_merging(&mut self, name: &SnapshotName, delete_cow: bool) -> Result<(), Refused> {
         self.record(|next| {
             if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-                one.merging = merging.is_some();
-                one.delete_cow = merging.is_some_and(|merging| merging.delete_cow);
+                one.merging = true;
+                one.delete_cow = delete_cow;
             }
         })
     }

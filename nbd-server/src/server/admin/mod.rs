@@ -315,7 +315,8 @@ fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Th
 /// The next letter; `None`: there will be no more. Meanwhile volumes go on that are to.
 fn next_letter(shared: &Shared, mailroom: &Mailroom) -> Option<Letter> {
     loop {
-        let Some(at) = shared.books().next_resumption() else {
+        let at = shared.books().next_resumption();
+        let Some(at) = at else {
             return mailroom.inbox.recv().ok();
         };
         let left = at.saturating_duration_since(Instant::now());
