@@ -275,8 +275,8 @@ fn a_rollback_shows_a_bar_on_a_terminal_and_nothing_in_a_pipe() {
     );
     let mut terminal = std::process::Command::new("script");
     let shown = run(terminal.args(["-qec", &line, "/dev/null"])).ok().text();
-    let (bar, rest) = shown.split_once("[").expect("a bar");
-    assert_eq!(bar.trim(), "", "{shown:?}");
+    let (before, rest) = shown.split_once("\r\x1b[K[").expect("a bar");
+    assert_eq!(before, "", "{shown:?}");
     assert!(rest.contains("] ") && rest.contains(" %"), "{shown:?}");
     let end = shown
         .rsplit("\x1b[K")
