@@ -193,7 +193,7 @@ impl<F: Files> Keeper<F> {
         self.last += 1;
         let change = Change {
             number: self.last,
-            touched: self.touched(&next),
+            touched: self.touched(next),
             intent: Intent { lists, files },
             tried: false,
         };
@@ -234,7 +234,7 @@ impl<F: Files> Keeper<F> {
                 change.intent.lists.push(list);
             }
         }
-        change.touched = self.touched(&next);
+        change.touched = self.touched(next);
         self.note(change)
     }
 
@@ -252,20 +252,27 @@ impl<F: Files> Keeper<F> {
     /// Everything that follows from the commit has happened: delete what was
     /// given up, and forget the intent.
     pub fn finish(&mut self, change: Change) -> Result<(), StateError> {
-        self.delete_files(&change.intent)?;
-        self.forget(change.number)
+        let Change { number, intent, .. } = change;
+        self.delete_files(&intent)?;
+        self.forget(number)
     }
 
     /// Back to how it was before: lists, state, and files that were made.
     pub fn abandon(&mut self, change: Change) -> Result<(), StateError> {
-        if change.tried {
-            let old = self.state_with(&change.touched, |touched| &touched.old);
+        let Change {
+            number,
+            touched,
+            intent,
+            tried,
+        } = change;
+        if tried {
+            let old = self.state_with(&touched, |touched| &touched.old);
             self.write_state(&old)?;
             self.state = old;
         }
-        self.settle_lists(&change.intent)?;
-        self.delete_files(&change.intent)?;
-        self.forget(change.number)
+        self.settle_lists(&intent)?;
+        self.delete_files(&intent)?;
+        self.forget(number)
     }
 
     /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
@@ -288,17 +295,22 @@ impl<F: Files> Keeper<F> {
     }
 
     /// How `next` differs from what is recorded.
-    fn touched(&self, next: &State) -> BTreeMap<String, Touched> {
-        let (old, next) = (self.state.by_name(), next.by_name());
-        let names = old.keys().chain(next.keys());
-        let differ = names.filter(|name| old.get(**name) != next.get(**name));
-        differ
-            .map(|name| {
-                let of = |state: &BTreeMap<&str, &VolumeRecord>| state.get(name).copied().cloned();
-                let (old, next) = (of(&old), of(&next));
-                ((*name).to_owned(), Touched { old, next })
-            })
-            .collect()
+    fn touched(&self, next: State) -> BTreeMap<String, Touched> {
+        let mut touched = BTreeMap::new();
+        let mut left = self.state.by_name();
+        for volume in next.volumes {
+            let old = left.remove(volume.name.as_str());
+            if old != Some(&volume) {
+                let (name, old) = (volume.name.clone(), old.cloned());
+                let next = Some(volume);
+                touched.insert(name, Touched { old, next });
+            }
+        }
+        for (name, volume) in left {
+            let (old, next) = (Some(volume.clone()), None);
+            touched.insert(name.to_owned(), Touched { old, next });
+        }
+        touched
     }
 
     /// The state once a change is committed.

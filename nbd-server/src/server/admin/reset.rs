@@ -132,10 +132,10 @@ impl Turn<'_> {
         let marks_old = kind != StoreKind::Transient;
         let exchange = |_: &mut Self| {
             let old = Old::open(&cow, chunk_size, marks_old);
-            match exchange(&mut SystemFiles, &made_as, &cow, || old?.mark_lost()) {
-                Ok(how) => Ok(*exchanged = Some(how)),
-                Err(error) => Err(Refused::NotExchanged(name.clone(), error.to_string())),
-            }
+            let how = exchange(&mut SystemFiles, &made_as, &cow, || old?.mark_lost());
+            let failed = |error: io::Error| Refused::NotExchanged(name.clone(), error.to_string());
+            *exchanged = Some(how.map_err(failed)?);
+            Ok(())
         };
         let held = match promised.and_then(|()| self.take_all(vec![part], exchange)) {
             Ok(held) => held,

@@ -5,12 +5,13 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::Administrator;
 use super::claims::{Claimed, Claims, Scope};
 use super::refusal::Refused;
+use crate::server::registry::VolumeEntry;
 use crate::state::admission::state_with;
 use crate::state::record::State;
 
@@ -73,7 +74,7 @@ impl Turn<'_> {
     pub(super) fn recorded(&self) -> State {
         let volumes = self.registry.volumes.iter();
         let mine = volumes.filter(|volume| self.claimed.scope.has(&volume.name));
-        state_with(&self.keeper, mine.map(|volume| volume.record()).collect())
+        state_with(&self.keeper, mine.map(VolumeEntry::record).collect())
     }
 
     /// Wait for a volume's thread.
@@ -83,7 +84,7 @@ impl Turn<'_> {
         answer: &Receiver<T>,
         until: Option<Instant>,
     ) -> Result<T, Refused> {
-        let shards = std::sync::Arc::clone(&self.shards);
+        let shards = Arc::clone(&self.shards);
         let moment = Instant::now() + MOMENT;
         loop {
             let now = Instant::now();
