@@ -173,7 +173,7 @@ impl Turn<'_> {
         let (_, _, entry) = self.strike_out(&name);
         self.taken.give_back_cow(&name.to_string());
         self.publish();
-        let cleaned = clean_up(&name, entry, delete_cow);
+        let cleaned = self.aside(|_| clean_up(&name, entry, delete_cow));
         let ended = change.and_then(|change| Ok(self.keeper.finish(change)?));
         for failed in [ended, cleaned] {
             if let Err(error) = failed {

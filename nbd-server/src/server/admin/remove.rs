@@ -60,7 +60,8 @@ impl Turn<'_> {
                 other => other,
             };
             self.taken.give_back_cow(&name.to_string());
-            let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
+            let delete = remove.delete_cow;
+            let cleaned = ended.and_then(|()| self.aside(|_| clean_up(name, entry, delete)));
             failed = failed.or(cleaned.err());
             self.tell(EventKind::Removed, name);
         }

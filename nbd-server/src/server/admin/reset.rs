@@ -124,6 +124,7 @@ impl Turn<'_> {
             mut snapshots,
             notes,
             deed,
+            ..
         } = self.make_beside(name, &request)?;
         let open = snapshots.pop().expect("one was planned");
         let chunk_size = open.store.chunk_size();
@@ -201,7 +202,11 @@ impl Turn<'_> {
         let books = &mut **self;
         let volume = books.registry.volume(&name.volume).expect("found before");
         plan.add(&name.volume, &volume.origin, request, &mut books.taken)?;
-        Ok(plan.carry_out(&mut self.taken, &mut Unrecorded)?)
+        let roles = plan.roles();
+        let made = self.aside(|_| plan.carry_out(&mut Unrecorded));
+        let made = made.inspect_err(|_| self.give_back(&roles))?;
+        made.note(&mut self.taken);
+        Ok(made)
     }
 
     fn take_back(&mut self, deed: Deed) {

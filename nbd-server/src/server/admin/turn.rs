@@ -1,6 +1,6 @@
 //! An order's turn with the books. One thread has them at a time; while it waits for
-//! a volume's thread for more than a moment, it lays them down for the others, and
-//! takes them up again afterwards. What it has read in them does not outlive a wait:
+//! a volume's thread for more than a moment, or makes and deletes stores, it lays them
+//! down for the others, and takes them up again afterwards. What it has read in them does not outlive a wait:
 //! the compiler sees to that. What it has claimed stays its own.
 
 use std::ops::{Deref, DerefMut};
@@ -75,6 +75,15 @@ impl Turn<'_> {
         let volumes = self.registry.volumes.iter();
         let mine = volumes.filter(|volume| self.claimed.scope.has(&volume.name));
         state_with(&self.keeper, mine.map(VolumeEntry::record).collect())
+    }
+
+    /// Do something that may take long without the books, which `work` may borrow for
+    /// a moment.
+    pub(super) fn aside<T>(&mut self, work: impl FnOnce(&Shared) -> T) -> T {
+        self.books = None;
+        let done = work(self.shared);
+        self.books = Some(self.shared.books());
+        done
     }
 
     /// Wait for a volume's thread.
