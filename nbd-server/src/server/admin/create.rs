@@ -22,6 +22,7 @@ use crate::server::setup::{Defaults, OpenSnapshot};
 use crate::state::admission::files_to_make;
 use crate::state::keeper::Change;
 use crate::state::place::settled;
+use crate::state::record::State;
 
 /// All volumes of a group are at rest within this time, or none is held any more.
 const HOLD: Duration = Duration::from_secs(30);
@@ -74,14 +75,14 @@ impl Turn<'_> {
         };
         made.note(&mut self.taken);
         let parts = self.parts(create, made.snapshots);
-        let commit = |this: &mut Self| Ok(this.keeper.commit(&mut change)?);
+        let commit = |this: &mut Self| Ok(this.records().commit(&mut change)?);
         match self.take_all(parts, commit) {
             Ok(held) => {
                 made.deed.keep();
                 log_notes(&made.notes);
                 let as_planned = self.enter(held);
                 self.publish();
-                self.keeper.finish(change)?;
+                self.finish(change)?;
                 if !as_planned {
                     self.record(|_| ())?;
                 }
@@ -107,15 +108,16 @@ impl Turn<'_> {
 
     /// Begin to record the snapshots of a plan.
     fn begin(&mut self, create: &SnapshotCreate, plan: &SnapshotPlan) -> Result<Change, Refused> {
-        let mut next = self.recorded();
         let offered = plan.offered();
-        for (name, store) in create.snapshots.iter().zip(&offered) {
-            let volumes = &mut next.volumes;
-            let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
-            let volume = volume.expect("checked before");
-            volume.snapshots.push(store.into());
-        }
-        Ok(self.keeper.begin(next, files_to_make(&offered))?)
+        let edit = |next: &mut State| {
+            for (name, store) in create.snapshots.iter().zip(&offered) {
+                let volumes = &mut next.volumes;
+                let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
+                let volume = volume.expect("checked before");
+                volume.snapshots.push(store.into());
+            }
+        };
+        self.begin_change(edit, files_to_make(&offered))
     }
 
     /// What can be refused by looking at names.
@@ -337,7 +339,7 @@ impl Making for RecordedAside<'_> {
     }
 
     fn made(&mut self, path: &Path) -> io::Result<()> {
-        let made = self.aside.books().keeper.made(self.change, &settled(path));
+        let made = self.aside.records().made(self.change, &settled(path));
         made.map_err(io::Error::other)
     }
 }

@@ -174,7 +174,7 @@ impl Turn<'_> {
         self.taken.give_back_cow(&name.to_string());
         self.publish();
         let cleaned = self.aside(|_| clean_up(&name, entry, delete_cow));
-        let ended = change.and_then(|change| Ok(self.keeper.finish(change)?));
+        let ended = change.and_then(|change| self.finish(change));
         for failed in [ended, cleaned] {
             if let Err(error) = failed {
                 tracing::warn!(export = %name, "{error}");

@@ -1,8 +1,8 @@
 //! The administrator: a thread that has orders executed, each on a thread of its own,
-//! and the books: registry, records, files in use. Whoever has the books works alone
-//! ([`turn`]); an order that waits for long lays them down, so that looks, clients'
-//! ends and orders on other volumes do not wait behind it, while those on the same
-//! volume do ([`claims`]). What takes long to make (stores, checks) is made before a
+//! and the books: the registry and the files in use. Whoever has the books works alone
+//! ([`turn`]); an order that waits for long, for a volume or a disk, lays them down, so
+//! that looks, clients' ends and orders on other volumes do not wait behind it, while
+//! those on the same volume do ([`claims`]). Records are kept beside the books. What takes long to make (stores, checks) is made before a
 //! volume is held; what a volume has to do is ordered from its thread, with a deadline.
 
 mod claims;
@@ -21,8 +21,9 @@ mod tests;
 mod turn;
 mod volumes;
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Scope as Threads};
 use std::time::Instant;
 
@@ -34,13 +35,12 @@ use super::registry::Registry;
 use super::setup::Defaults;
 use crate::control::door::Office;
 use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
-use crate::disks::{Taken, shown};
+use crate::disks::Taken;
 use crate::io::{Herald, Loss, News, Shard, What};
 use crate::state::files::SystemFiles;
-use crate::state::keeper::{Change, Keeper};
+use crate::state::keeper::Keeper;
 use crate::state::place::settled;
-use crate::state::record::{IntentFile, State};
-use claims::{Claims, Scope};
+use claims::Scope;
 use refusal::Refused;
 use turn::{Shared, Turn};
 
@@ -70,7 +70,6 @@ pub(super) struct Admin {
 pub(super) struct Administrator {
     registry: Registry,
     taken: Taken,
-    keeper: Keeper<SystemFiles>,
     directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
     events: Arc<Events>,
@@ -86,8 +85,6 @@ pub(super) struct Administrator {
 pub(super) struct Outfit {
     /// The files that are used.
     pub(super) taken: Taken,
-    /// Remembers durably.
-    pub(super) keeper: Keeper<SystemFiles>,
     /// How snapshots behave unless it is said.
     pub(super) defaults: Defaults,
 }
@@ -149,16 +146,11 @@ impl Administrator {
         events: Arc<Events>,
         mailroom: Mailroom,
     ) -> Self {
-        let Outfit {
-            taken,
-            keeper,
-            defaults,
-        } = outfit;
+        let Outfit { taken, defaults } = outfit;
         Self {
             volumes: registry.volumes.len() as u32,
             registry,
             taken,
-            keeper,
             directory,
             shards,
             events,
@@ -168,14 +160,11 @@ impl Administrator {
     }
 
     /// Begin to execute orders.
-    pub(super) fn start(mut self) -> std::io::Result<Admin> {
+    pub(super) fn start(mut self, keeper: Keeper<SystemFiles>) -> std::io::Result<Admin> {
         let letters = self.mailroom.letters.clone();
         let mailroom = std::mem::take(&mut self.mailroom);
         let events = Arc::clone(&self.events);
-        let shared = Shared {
-            books: Mutex::new(self),
-            claims: Claims::default(),
-        };
+        let shared = Shared::new(self, keeper);
         let builder = std::thread::Builder::new().name("administrator".into());
         let thread = builder.spawn(move || {
             std::thread::scope(|threads| work(&shared, &mailroom, threads));
@@ -189,30 +178,13 @@ impl Administrator {
         })
     }
 
-    /// Write a loss down in the list of the disk's stores (durability.md, rule 6).
-    fn mark_lost(&mut self, loss: Loss) {
+    /// The disk and the store of a loss.
+    fn place_of(&self, loss: &Loss) -> Option<(PathBuf, PathBuf)> {
         let volumes = &self.registry.volumes;
-        let volume = volumes.iter().find(|volume| volume.id == loss.volume);
-        let entry = volume.and_then(|volume| {
-            let mut entries = volume.snapshots.iter();
-            let entry = entries.find(|entry| entry.id == loss.snapshot)?;
-            Some((settled(&volume.origin.path), settled(&entry.cow)))
-        });
-        let Some((disk, cow)) = entry else {
-            return;
-        };
-        match self.keeper.mark_lost(&disk, &cow) {
-            Ok(true) => loss.marked(),
-            Ok(false) => tracing::error!("{}: its disk does not list it", shown(&cow)),
-            Err(error) => tracing::error!("the loss of a snapshot is not marked: {error}"),
-        }
-    }
-
-    /// Take a change back that comes to nothing.
-    fn forget(&mut self, change: Change) {
-        if let Err(error) = self.keeper.abandon(change) {
-            tracing::error!("what was begun could not be taken back: {error}");
-        }
+        let volume = volumes.iter().find(|volume| volume.id == loss.volume)?;
+        let mut entries = volume.snapshots.iter();
+        let entry = entries.find(|entry| entry.id == loss.snapshot)?;
+        Some((settled(&volume.origin.path), settled(&entry.cow)))
     }
 
     /// Have clients see what the registry has.
@@ -251,28 +223,6 @@ impl Turn<'_> {
             Order::Events(_) => unreachable!("the door answers it by itself"),
         }
     }
-
-    /// Record a change that makes no file, before it takes effect.
-    fn record(&mut self, edit: impl FnOnce(&mut State)) -> Result<(), Refused> {
-        let change = self.commit_change(edit, Vec::new())?;
-        Ok(self.keeper.finish(change)?)
-    }
-
-    /// The same, of a change that gives files up; [`Keeper::finish`] deletes them.
-    fn commit_change(
-        &mut self,
-        edit: impl FnOnce(&mut State),
-        given_up: Vec<IntentFile>,
-    ) -> Result<Change, Refused> {
-        let mut next = self.recorded();
-        edit(&mut next);
-        let mut change = self.keeper.begin(next, given_up)?;
-        if let Err(error) = self.keeper.commit(&mut change) {
-            self.forget(change);
-            return Err(error.into());
-        }
-        Ok(change)
-    }
 }
 
 /// Have everything done that comes, until it is to stop and all orders have ended.
@@ -304,7 +254,7 @@ fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Th
                     });
                 }
             }
-            Letter::Loss(loss) => shared.books().mark_lost(loss),
+            Letter::Loss(loss) => in_a_thread(threads, mailroom, move || shared.mark_lost(loss)),
             Letter::Ended => {}
             Letter::Stop => break,
         }

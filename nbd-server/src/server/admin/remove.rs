@@ -65,7 +65,7 @@ impl Turn<'_> {
             failed = failed.or(cleaned.err());
             self.tell(EventKind::Removed, name);
         }
-        self.keeper.finish(change)?;
+        self.finish(change)?;
         failed.map_or(Ok(answer), Err)
     }
 

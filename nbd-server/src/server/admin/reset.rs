@@ -47,8 +47,7 @@ impl Turn<'_> {
         self.check_reset(reset)?;
         let old = self.find(name)?.2.id;
         let file = IntentFile::to_make(settled(&self.find(name)?.2.cow));
-        let recorded = self.recorded();
-        let mut change = self.keeper.begin(recorded, vec![file.clone()])?;
+        let mut change = self.begin_change(|_| (), vec![file.clone()])?;
         let mut exchanged = None;
         if let Err(refused) = self.make_and_exchange(name, &file, &mut change, &mut exchanged) {
             // Once the new store has the name, only a start can tell what has come of it.
@@ -59,7 +58,7 @@ impl Turn<'_> {
         }
         self.publish();
         let ended = self.end_old(name, old);
-        self.keeper.finish(change)?;
+        self.finish(change)?;
         // What the new store's record promised is so.
         self.record(|_| ())?;
         self.tell(EventKind::Reset, name);
@@ -165,16 +164,16 @@ impl Turn<'_> {
             let (path, doing) = (made_as.to_owned(), "looking at it");
             StateError::System { path, doing, error }
         })?;
-        let mut next = self.recorded();
-        if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-            one.anew = looked.map(|file| Anew {
-                file,
-                bytes: new.past.bytes,
-                taken_at: new.past.taken_at,
-            });
-        }
-        self.keeper.amend(change, next)?;
-        Ok(self.keeper.commit(change)?)
+        let anew = looked.map(|file| Anew {
+            file,
+            bytes: new.past.bytes,
+            taken_at: new.past.taken_at,
+        });
+        self.amend_and_commit(change, |next| {
+            if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
+                one.anew = anew;
+            }
+        })
     }
 
     fn part(&self, name: &SnapshotName, mut open: OpenSnapshot) -> Part {

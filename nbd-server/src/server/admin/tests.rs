@@ -25,7 +25,6 @@ fn administrator() -> Administrator {
     let shards = vec![Shard::start(0, Arc::new(Deaf)).unwrap()];
     let outfit = Outfit {
         taken: Taken::default(),
-        keeper: Keeper::open(SystemFiles, None).unwrap(),
         defaults: Defaults::default(),
     };
     let (directory, events) = (Arc::default(), Arc::default());
@@ -49,10 +48,8 @@ fn resume(volume: &str) -> Order {
 fn an_order_that_waits_lets_the_others_pass() {
     let mailroom = Mailroom::default();
     let letters = mailroom.letters.clone();
-    let shared = Shared {
-        books: Mutex::new(administrator()),
-        claims: Claims::default(),
-    };
+    let records = Keeper::open(SystemFiles, None).unwrap();
+    let shared = Shared::new(administrator(), records);
     std::thread::scope(|threads| {
         let (answer, asked) = channel::<()>();
         let (begun, has_begun) = channel();

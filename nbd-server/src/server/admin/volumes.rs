@@ -20,6 +20,7 @@ use crate::server::registry::VolumeEntry;
 use crate::server::setup::OpenVolume;
 use crate::state::admission::{Recorded, admit, as_listed, files_to_make};
 use crate::state::keeper::Change;
+use crate::state::record::State;
 
 /// A volume that closes has this long.
 const LEAVE: Duration = Duration::from_mins(1);
@@ -75,34 +76,40 @@ impl Turn<'_> {
         without: &[PathBuf],
     ) -> Result<(), Refused> {
         let name = request.name.clone();
-        let requests = as_listed(&self.keeper, vec![request])?;
+        let requests = as_listed(&self.records(), vec![request])?;
         let plan = disks::inspect(requests, &mut self.taken)?;
-        let mut next = self.recorded();
+        let offered = plan.offered();
         let mut files = Vec::new();
-        for offered in &plan.offered() {
-            admit(&self.keeper, offered, without)?;
+        for offered in &offered {
+            admit(&self.records(), offered, without)?;
             files.extend(files_to_make(&offered.stores));
-            next.volumes.retain(|one| one.name != offered.name);
-            next.volumes.push(offered.into());
         }
-        let mut change = self.keeper.begin(next, files)?;
+        let edit = |next: &mut State| {
+            for offered in &offered {
+                next.volumes.retain(|one| one.name != offered.name);
+                next.volumes.push(offered.into());
+            }
+        };
+        let mut change = self.begin_change(edit, files)?;
         let hosted = self.make_and_host(plan, &mut change);
-        let committed = hosted.and_then(|()| Ok(self.keeper.commit(&mut change)?));
+        let committed = hosted.and_then(|()| Ok(self.records().commit(&mut change)?));
         if let Err(refused) = committed {
             self.unhost(&name);
             self.forget(change);
             return Err(refused);
         }
-        Ok(self.keeper.finish(change)?)
+        self.finish(change)
     }
 
     fn make_and_host(&mut self, plan: Plan, change: &mut Change) -> Result<(), Refused> {
-        let books = &mut **self;
+        let mut records = self.records();
         let mut making = Recorded {
-            keeper: &mut books.keeper,
+            keeper: &mut records,
             change,
         };
-        let Opened { volumes, notes } = plan.carry_out(&mut books.taken, &mut making)?;
+        let opened = plan.carry_out(&mut self.taken, &mut making)?;
+        drop(records);
+        let Opened { volumes, notes } = opened;
         log_notes(&notes);
         for volume in volumes {
             self.host(volume)?;
