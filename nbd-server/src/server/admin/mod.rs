@@ -54,6 +54,8 @@ enum Letter {
     Loss(Loss),
     /// An order has ended: it may have left something to be done in time.
     Ended,
+    /// An order has panicked: nobody knows what the books say any more.
+    Broken,
     Stop,
 }
 
@@ -256,6 +258,7 @@ fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Th
             }
             Letter::Loss(loss) => in_a_thread(threads, mailroom, move || shared.mark_lost(loss)),
             Letter::Ended => {}
+            Letter::Broken => panic!("an order has panicked"),
             Letter::Stop => break,
         }
     }
@@ -284,14 +287,27 @@ fn in_a_thread<'scope>(
     mailroom: &Mailroom,
     what: impl FnOnce() + Send + 'scope,
 ) {
-    let letters = mailroom.letters.clone();
+    let end = End(mailroom.letters.clone());
     let builder = std::thread::Builder::new().name("order".into());
     let begun = builder.spawn_scoped(threads, move || {
+        let _end = end;
         what();
-        let _ = letters.send(Letter::Ended);
     });
     if let Err(error) = begun {
         tracing::error!("an order cannot be executed: {error}");
+    }
+}
+
+/// Tells of the end of a thread, however it comes.
+struct End(Sender<Letter>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.0.send(if std::thread::panicking() {
+            Letter::Broken
+        } else {
+            Letter::Ended
+        });
     }
 }
 

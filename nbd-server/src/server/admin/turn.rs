@@ -1,7 +1,7 @@
 //! An order's turn with the books. One thread has them at a time; while it waits for
-//! a volume's thread for more than a moment, or works on files, it lays them
-//! down for the others, and takes them up again afterwards. What it has read in them does not outlive a wait:
-//! the compiler sees to that. What it has claimed stays its own.
+//! a volume's thread for more than a moment, or works on files, it lays them down for
+//! the others, and takes them up again afterwards. What it has read in them does not
+//! outlive a wait: the compiler sees to that. What it has claimed stays its own.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -38,7 +38,7 @@ pub(super) struct Shared {
 #[derive(Debug)]
 pub(super) struct Turn<'a> {
     shared: &'a Shared,
-    /// None only while it waits.
+    /// None only while it waits, or works aside.
     books: Option<MutexGuard<'a, Administrator>>,
     claimed: Claimed<'a>,
 }
