@@ -222,7 +222,7 @@ fn what_was_created_live_comes_back() {
 #[test]
 fn a_lost_snapshot_is_listed_until_it_is_ended() {
     let place = Place::new("lost");
-    let mut first = place.disk();
+    let first = place.disk();
     let server = first.start();
     for name in ["vm@a", "vm@b"] {
         order(

@@ -356,7 +356,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
         keeper: &mut keeper,
         change: &mut change,
     };
-    let carried_out = plan.carry_out(&mut taken, &mut making);
+    let carried_out = plan.carry_out(&mut making);
     let records = Records {
         keeper,
         change: Some(change),
@@ -368,6 +368,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
             return Err(Failure::refused(refusal));
         }
     };
+    opened.note(&mut taken);
     let Opened { volumes, notes } = opened;
     for note in notes {
         match note {

@@ -63,34 +63,27 @@ impl SnapshotPlan {
         }
     }
 
-    /// Make the stores, all or none, in the order in which they were added.
-    pub fn carry_out(self, taken: &mut Taken, making: &mut dyn Making) -> Result<Made, Refusal> {
-        let roles: Vec<String> = self
-            .volumes
-            .iter()
-            .zip(&self.snapshots)
+    /// Whose stores they are, as `VOLUME@NAME`: what is to be given back if they
+    /// cannot be made.
+    pub fn roles(&self) -> Vec<String> {
+        let named = self.volumes.iter().zip(&self.snapshots);
+        named
             .map(|(volume, snapshot)| names::export(volume, &snapshot.name))
-            .collect();
+            .collect()
+    }
+
+    /// Make the stores, all or none, in the order in which they were added. It may
+    /// take long; [`Made::note`] is for afterwards.
+    pub fn carry_out(self, making: &mut dyn Making) -> Result<Made, Refusal> {
+        let roles = self.roles();
         let mut notes = self.notes;
-        match make_snapshots(self.snapshots, &mut notes, making) {
-            Ok((snapshots, undo)) => {
-                for (volume, snapshot) in self.volumes.iter().zip(&snapshots) {
-                    note_made(taken, volume, std::slice::from_ref(snapshot));
-                }
-                let deed = Deed { undo, roles };
-                Ok(Made {
-                    snapshots,
-                    notes,
-                    deed,
-                })
-            }
-            Err(refusal) => {
-                for role in roles {
-                    taken.give_back_cow(&role);
-                }
-                Err(refusal)
-            }
-        }
+        let (snapshots, undo) = make_snapshots(self.snapshots, &mut notes, making)?;
+        Ok(Made {
+            snapshots,
+            volumes: self.volumes,
+            notes,
+            deed: Deed { undo, roles },
+        })
     }
 }
 
@@ -121,10 +114,21 @@ fn in_live_words(refusal: Refusal) -> Refusal {
 pub struct Made {
     /// In the order of the plan.
     pub snapshots: Vec<OpenSnapshot>,
+    /// Their volumes.
+    volumes: Vec<String>,
     /// What to tell.
     pub notes: Vec<Note>,
     /// Whether they stay.
     pub deed: Deed,
+}
+
+impl Made {
+    /// Files that did not exist do now.
+    pub fn note(&self, taken: &mut Taken) {
+        for (volume, snapshot) in self.volumes.iter().zip(&self.snapshots) {
+            note_made(taken, volume, std::slice::from_ref(snapshot));
+        }
+    }
 }
 
 /// The making of stores. They are taken back unless [`Deed::keep`] is called.

@@ -58,8 +58,8 @@ enum Work {
 impl Plan {
     /// Do what was planned. Everything that may fail for want of space comes
     /// first, for all stores; headers are written last, so that a failure leaves
-    /// no store behind.
-    pub fn carry_out(self, taken: &mut Taken, making: &mut dyn Making) -> Result<Opened, Refusal> {
+    /// no store behind. It may take long; [`Opened::note`] is for afterwards.
+    pub fn carry_out(self, making: &mut dyn Making) -> Result<Opened, Refusal> {
         settle_origins(&self.volumes)?;
         let mut notes = self.notes;
         let mut planned = Vec::new();
@@ -85,11 +85,17 @@ impl Plan {
                 snapshots: made.by_ref().take(count).collect(),
             })
             .collect();
-        for volume in &volumes {
-            note_made(taken, &volume.name, &volume.snapshots);
-        }
         undo.keep();
         Ok(Opened { volumes, notes })
+    }
+}
+
+impl Opened {
+    /// Files that did not exist do now.
+    pub fn note(&self, taken: &mut Taken) {
+        for volume in &self.volumes {
+            note_made(taken, &volume.name, &volume.snapshots);
+        }
     }
 }
 

@@ -69,8 +69,7 @@ impl Bench {
     }
 
     fn open(&self, snapshots: Vec<SnapshotRequest>) -> Result<Opened, Refusal> {
-        inspect(vec![self.volume(snapshots)], &mut Taken::default())?
-            .carry_out(&mut Taken::default(), &mut Unrecorded)
+        inspect(vec![self.volume(snapshots)], &mut Taken::default())?.carry_out(&mut Unrecorded)
     }
 
     /// Refused, with every file as it was; the message.
@@ -330,7 +329,7 @@ fn reading_changes_nothing() {
     let before = bench.state();
     let opened = inspect(vec![volume], &mut Taken::default())
         .unwrap()
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
+        .carry_out(&mut Unrecorded)
         .unwrap();
     let snapshots = &opened.volumes[0].snapshots;
     assert!(
@@ -362,9 +361,7 @@ fn a_torn_area_is_repaired_and_a_copy_is_kept() {
     let torn = bench.volume(vec![bench.snapshot("torn")]);
     let plan = inspect(vec![torn], &mut Taken::default()).unwrap();
     assert_eq!(std::fs::read(bench.path("torn")).unwrap(), torn_store());
-    let opened = plan
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
-        .unwrap();
+    let opened = plan.carry_out(&mut Unrecorded).unwrap();
     assert!(matches!(&opened.notes[0], Note::Warning(text) if text.contains("torn.torn-0")));
     let kept = std::fs::read(bench.path("torn.torn-0")).unwrap();
     assert_eq!(kept, torn_store()[CHUNK as usize..2 * CHUNK as usize]);
@@ -389,10 +386,7 @@ fn a_failure_takes_back_what_was_made() {
     let plan = inspect(vec![bench.volume(wanted)], &mut Taken::default()).unwrap();
     let before = bench.state();
     std::fs::remove_dir(bench.path("folder")).unwrap();
-    let message = plan
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
-        .unwrap_err()
-        .to_string();
+    let message = plan.carry_out(&mut Unrecorded).unwrap_err().to_string();
     assert!(message.contains("folder/gone"), "{message}");
     assert_eq!(bench.state(), before);
 }
@@ -407,10 +401,7 @@ fn a_copy_that_cannot_be_kept_stops_the_repair_and_everything_else() {
     // The store itself stays open; there is no place for its copy any more.
     std::fs::rename(bench.path("folder"), bench.path("moved")).unwrap();
     let before = bench.state();
-    let message = plan
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
-        .unwrap_err()
-        .to_string();
+    let message = plan.carry_out(&mut Unrecorded).unwrap_err().to_string();
     assert!(message.contains("folder/torn.torn-0"), "{message}");
     assert_eq!(bench.state(), before);
 }

@@ -218,7 +218,7 @@ impl<F: Files> Keeper<F> {
         self.last += 1;
         let change = Change {
             number: self.last,
-            touched: self.touched(&next),
+            touched: self.touched(next),
             intent: Intent { lists, files },
             tried: false,
         };
@@ -260,7 +260,7 @@ impl<F: Files> Keeper<F> {
                 change.intent.lists.push(list);
             }
         }
-        change.touched = self.touched(&next);
+        change.touched = self.touched(next);
         self.note(change)
     }
 
@@ -278,20 +278,27 @@ impl<F: Files> Keeper<F> {
     /// Everything that follows from the commit has happened: delete what was
     /// given up, and forget the intent.
     pub fn finish(&mut self, change: Change) -> Result<(), StateError> {
-        self.delete_files(&change.intent)?;
-        self.forget(change.number)
+        let Change { number, intent, .. } = change;
+        self.delete_files(&intent)?;
+        self.forget(number)
     }
 
     /// Back to how it was before: lists, state, and files that were made.
     pub fn abandon(&mut self, change: Change) -> Result<(), StateError> {
-        if change.tried {
-            let old = self.state_without(&change);
+        let Change {
+            number,
+            touched,
+            intent,
+            tried,
+        } = change;
+        if tried {
+            let old = self.state_with(&touched, |touched| touched.old.as_ref());
             self.write_state(&old)?;
             self.state = old;
         }
-        self.settle_lists(&change.intent)?;
-        self.delete_files(&change.intent)?;
-        self.forget(change.number)
+        self.settle_lists(&intent)?;
+        self.delete_files(&intent)?;
+        self.forget(number)
     }
 
     /// Mark a store of `disk` as one that has missed a write (durability.md, rule 6).
@@ -321,37 +328,40 @@ impl<F: Files> Keeper<F> {
     }
 
     /// How `next` differs from what is recorded.
-    fn touched(&self, next: &State) -> Vec<Touched> {
-        let (old, new) = (self.state.by_name(), next.by_name());
-        let gone = self.state.volumes.iter();
-        let gone = gone.filter(|volume| !new.contains_key(volume.name.as_str()));
-        let here = next.volumes.iter();
-        let here = here.filter(|volume| old.get(volume.name.as_str()) != Some(volume));
-        gone.chain(here)
-            .map(|volume| Touched {
-                name: volume.name.clone(),
-                old: old.get(volume.name.as_str()).copied().cloned(),
-                next: new.get(volume.name.as_str()).copied().cloned(),
-            })
-            .collect()
+    fn touched(&self, next: State) -> Vec<Touched> {
+        let mut touched = Vec::new();
+        let mut left = self.state.by_name();
+        for volume in next.volumes {
+            let old = left.remove(volume.name.as_str());
+            if old != Some(&volume) {
+                touched.push(Touched {
+                    name: volume.name.clone(),
+                    old: old.cloned(),
+                    next: Some(volume),
+                });
+            }
+        }
+        touched.extend(left.into_iter().map(|(name, volume)| Touched {
+            name: name.to_owned(),
+            old: Some(volume.clone()),
+            next: None,
+        }));
+        touched
     }
 
     /// The state once a change is committed.
     fn state_after(&self, change: &Change) -> State {
-        let touched = change.touched.iter();
-        let said: Vec<_> = touched
-            .map(|one| (one.name.as_str(), one.next.as_ref()))
-            .collect();
-        self.state.with(&said)
+        self.state_with(&change.touched, |touched| touched.next.as_ref())
     }
 
-    /// The state if a change has not been.
-    fn state_without(&self, change: &Change) -> State {
-        let touched = change.touched.iter();
-        let said: Vec<_> = touched
-            .map(|one| (one.name.as_str(), one.old.as_ref()))
-            .collect();
-        self.state.with(&said)
+    /// What is recorded, but of the volumes that are touched one side or the other.
+    fn state_with(
+        &self,
+        touched: &[Touched],
+        side: impl Fn(&Touched) -> Option<&VolumeRecord>,
+    ) -> State {
+        let said = touched.iter().map(|one| (one.name.as_str(), side(one)));
+        self.state.with(&said.collect::<Vec<_>>())
     }
 
     /// A volume that leaves the server leaves its disk's list as it is: the stores

@@ -352,7 +352,7 @@ impl Session<'_> {
         let done = progress.map_or(100, |now| {
             100 * (now.total_chunks - now.left_chunks) / now.total_chunks.max(1)
         });
-        let whole = (10..=90).contains(&percent) && percent % 10 == 0;
+        let whole = (10..=90).contains(&percent) && percent.is_multiple_of(10);
         if !merging.begun || !whole || u64::from(percent) > done {
             return Err(Violation(format!(
                 "{percent} percent of a merge are said to be done, of which {done} are"

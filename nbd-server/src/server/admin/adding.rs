@@ -3,18 +3,19 @@
 //! What has to be durable for one volume is made durable for many at the same
 //! price, so volumes are added in groups: those of one order, all of them or none,
 //! and those of orders that wait behind each other, as one group as long as nothing
-//! goes wrong, else each order by itself.
+//! goes wrong, else each order by itself. One group is added after the other; one that
+//! waits for a volume's thread for long lets the next begin.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::MutexGuard;
 use std::sync::mpsc::channel;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::claims::{Claimed, Scope};
-use super::create::log_notes;
+use super::create::{RecordedAside, log_notes};
 use super::outcome;
 use super::refusal::Refused;
 use super::turn::{Shared, Turn};
@@ -29,18 +30,25 @@ use crate::names;
 use crate::server::moving::{self, Moving};
 use crate::server::registry::VolumeEntry;
 use crate::server::setup::OpenVolume;
-use crate::state::admission::{Recorded, admit, as_listed, files_to_make};
+use crate::state::admission::{admit, as_listed, files_to_make};
 use crate::state::keeper::Change;
+use crate::state::record::{State, VolumeRecord};
 
 /// So many orders are one group at most: who follows does not wait for ever.
 const ORDERS_MAX: usize = 256;
 
-/// An order to add volumes, with what it has claimed, and where its outcome goes.
+/// What an order asks for, and where its outcome goes.
+#[derive(Debug)]
+struct Asked {
+    volumes: Vec<VolumeAdd>,
+    answer: oneshot::Sender<Outcome>,
+}
+
+/// An order to add volumes, with what it has claimed.
 #[derive(Debug)]
 pub(super) struct Addition {
-    volumes: Vec<VolumeAdd>,
+    asked: Asked,
     claimed: Claimed,
-    answer: oneshot::Sender<Outcome>,
 }
 
 impl Addition {
@@ -54,9 +62,50 @@ impl Addition {
     }
 }
 
+/// Orders to add volumes.
+#[derive(Debug, Default)]
+pub(super) struct Additions {
+    /// Those that have what they claim, and wait for their group.
+    waiting: Mutex<Vec<Addition>>,
+    gate: Mutex<()>,
+}
+
+/// Held by the group whose turn it is.
+pub(super) type Gate<'a> = MutexGuard<'a, ()>;
+
+impl Additions {
+    /// Those that wait.
+    pub(super) fn waiting(&self) -> MutexGuard<'_, Vec<Addition>> {
+        self.waiting.lock().expect("no holder of this lock panics")
+    }
+
+    /// Wait until a group may begin.
+    pub(super) fn gate(&self) -> Gate<'_> {
+        self.gate.lock().expect("no order panics")
+    }
+
+    /// The next group: what it asks for, and what it has claimed. None: those that
+    /// waited are in a group already.
+    fn group(&self) -> Option<(Vec<Asked>, Claimed)> {
+        let mut waiting = self.waiting();
+        let count = waiting.len().min(ORDERS_MAX);
+        let mut orders = Vec::new();
+        let mut all: Option<Claimed> = None;
+        for addition in waiting.drain(..count) {
+            let claimed = addition.claimed;
+            orders.push(addition.asked);
+            all = Some(match all {
+                Some(all) => all.and(claimed),
+                None => claimed,
+            });
+        }
+        Some((orders, all?))
+    }
+}
+
 impl Shared {
     /// Add volumes, as soon as nobody else is busy with their names: with what others
-    /// ask for who wait for the books too. Whoever has them first adds for all.
+    /// ask for who wait for their turn too. Whoever has it first adds for all.
     pub(super) fn add(
         &self,
         scope: Scope,
@@ -67,52 +116,23 @@ impl Shared {
         let Some(claimed) = self.claims.claim(scope) else {
             return;
         };
-        self.waiting().push(Addition {
-            volumes,
-            claimed,
-            answer,
-        });
-        let books = self.books();
-        let group: Vec<Addition> = {
-            let mut waiting = self.waiting();
-            let count = waiting.len().min(ORDERS_MAX);
-            waiting.drain(..count).collect()
-        };
-        let mut orders = Vec::new();
-        let mut all: Option<Claimed> = None;
-        for Addition {
-            volumes,
-            claimed,
-            answer,
-        } in group
-        {
-            orders.push((volumes, answer));
-            all = Some(match all {
-                Some(all) => all.and(claimed),
-                None => claimed,
-            });
+        let asked = Asked { volumes, answer };
+        self.additions.waiting().push(Addition { asked, claimed });
+        let gate = self.additions.gate();
+        if let Some((group, claimed)) = self.additions.group() {
+            self.turn_with(claimed, Some(gate)).add_all(group);
         }
-        // None: somebody else has done it.
-        if let Some(all) = all {
-            self.turn_with(books, all).add_all(orders);
-        }
-    }
-
-    /// Those that have what they claim, and wait for the books.
-    pub(super) fn waiting(&self) -> MutexGuard<'_, Vec<Addition>> {
-        let waiting = self.additions.lock();
-        waiting.expect("no holder of this lock panics")
     }
 }
 
 impl Turn<'_> {
     /// Add what these orders ask for, as one group if nothing goes wrong.
-    fn add_all(&mut self, orders: Vec<(Vec<VolumeAdd>, oneshot::Sender<Outcome>)>) {
+    fn add_all(&mut self, orders: Vec<Asked>) {
         let together = orders.len() > 1 && {
-            let volumes: Vec<&VolumeAdd> = orders.iter().flat_map(|(volumes, _)| volumes).collect();
+            let volumes: Vec<&VolumeAdd> = orders.iter().flat_map(|one| &one.volumes).collect();
             self.add_volumes(&volumes).is_ok()
         };
-        for (volumes, answer) in orders {
+        for Asked { volumes, answer } in orders {
             let added = if together {
                 Ok(())
             } else {
@@ -175,29 +195,31 @@ impl Turn<'_> {
         requests: Vec<VolumeRequest>,
         without: &[PathBuf],
     ) -> Result<(), Refused> {
-        let new: BTreeSet<String> = requests.iter().map(|one| one.name.clone()).collect();
-        let requests = as_listed(&self.keeper, requests)?;
+        let requests = self.aside(|shared| as_listed(&shared.records(), requests))?;
         let plan = disks::inspect(requests, &mut self.taken)?;
-        let mut next = self.recorded();
-        next.volumes.retain(|one| !new.contains(&one.name));
-        let mut files = Vec::new();
-        for offered in &plan.offered() {
-            admit(&self.keeper, offered, without)?;
-            files.extend(files_to_make(&offered.stores));
-            next.volumes.push(offered.into());
-        }
-        let mut change = self.keeper.begin(next, files)?;
+        let offered = plan.offered();
+        self.aside(|shared| {
+            let records = shared.records();
+            let mut each = offered.iter();
+            each.try_for_each(|volume| admit(&records, volume, without))
+        })?;
+        let files = files_to_make(offered.iter().flat_map(|volume| &volume.stores));
+        let edit = |next: &mut State| {
+            let new: BTreeSet<&str> = offered.iter().map(|one| one.name.as_str()).collect();
+            next.volumes.retain(|one| !new.contains(one.name.as_str()));
+            next.volumes.extend(offered.iter().map(VolumeRecord::from));
+        };
+        let mut change = self.begin_change(edit, files)?;
         let mut hosted = Vec::new();
         let made = self.make_and_host(plan, &mut change, &mut hosted);
-        let committed = made.and_then(|()| Ok(self.keeper.commit(&mut change)?));
-        if let Err(refused) = committed {
+        if let Err(refused) = made.and_then(|()| self.commit(&mut change)) {
             self.unhost(&hosted);
             self.forget(change);
             return Err(refused);
         }
         self.registry.volumes.extend(hosted);
         self.publish();
-        if let Err(error) = self.keeper.finish(change) {
+        if let Err(error) = self.finish(change) {
             // They are there all the same, and the next start sees to it.
             tracing::error!("that volumes were to be added is still noted: {error}");
         }
@@ -210,12 +232,9 @@ impl Turn<'_> {
         change: &mut Change,
         hosted: &mut Vec<VolumeEntry>,
     ) -> Result<(), Refused> {
-        let books = &mut **self;
-        let mut making = Recorded {
-            keeper: &mut books.keeper,
-            change,
-        };
-        let Opened { volumes, notes } = plan.carry_out(&mut books.taken, &mut making)?;
+        let opened = self.aside(|aside| plan.carry_out(&mut RecordedAside { aside, change }))?;
+        opened.note(&mut self.taken);
+        let Opened { volumes, notes } = opened;
         log_notes(&notes);
         self.host(volumes, hosted)
     }

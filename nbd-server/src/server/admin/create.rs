@@ -3,22 +3,26 @@
 //! all of them, or none.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nbdsnap_engine::{OnFull, SnapshotId};
 
 use super::refusal::Refused;
-use super::turn::Turn;
+use super::turn::{Shared, Turn};
 use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
-use crate::disks::{self, Known, Note, SnapshotPlan, SnapshotRequest};
+use crate::disks::{self, Known, Making, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::names;
 use crate::server::moving::new_snapshot;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
 use crate::server::setup::{Defaults, OpenSnapshot};
-use crate::state::admission::{Recorded, files_to_make};
+use crate::state::admission::files_to_make;
 use crate::state::keeper::Change;
+use crate::state::place::settled;
+use crate::state::record::State;
 
 /// All volumes of a group are at rest within this time, or none is held any more.
 const HOLD: Duration = Duration::from_secs(30);
@@ -56,27 +60,29 @@ impl Turn<'_> {
                 return Err(refused);
             }
         };
-        let books = &mut **self;
-        let mut making = Recorded {
-            keeper: &mut books.keeper,
-            change: &mut change,
+        let roles = plan.roles();
+        let making = |aside: &Shared| {
+            let change = &mut change;
+            plan.carry_out(&mut RecordedAside { aside, change })
         };
-        let made = match plan.carry_out(&mut books.taken, &mut making) {
+        let made = match self.aside(making) {
             Ok(made) => made,
             Err(refusal) => {
+                self.give_back(&roles);
                 self.forget(change);
                 return Err(refusal.into());
             }
         };
+        made.note(&mut self.taken);
         let parts = self.parts(create, made.snapshots);
-        let commit = |this: &mut Self| Ok(this.keeper.commit(&mut change)?);
+        let commit = |this: &mut Self| Ok(this.records().commit(&mut change)?);
         match self.take_all(parts, commit) {
             Ok(held) => {
                 made.deed.keep();
                 log_notes(&made.notes);
                 let as_planned = self.enter(held);
                 self.publish();
-                self.keeper.finish(change)?;
+                self.finish(change)?;
                 if !as_planned {
                     self.record(|_| ())?;
                 }
@@ -93,17 +99,25 @@ impl Turn<'_> {
         }
     }
 
+    /// Stores that could not be made are nobody's.
+    pub(super) fn give_back(&mut self, roles: &[String]) {
+        for role in roles {
+            self.taken.give_back_cow(role);
+        }
+    }
+
     /// Begin to record the snapshots of a plan.
     fn begin(&mut self, create: &SnapshotCreate, plan: &SnapshotPlan) -> Result<Change, Refused> {
-        let mut next = self.recorded();
         let offered = plan.offered();
-        for (name, store) in create.snapshots.iter().zip(&offered) {
-            let volumes = &mut next.volumes;
-            let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
-            let volume = volume.expect("checked before");
-            volume.snapshots.push(store.into());
-        }
-        Ok(self.keeper.begin(next, files_to_make(&offered))?)
+        let edit = |next: &mut State| {
+            for (name, store) in create.snapshots.iter().zip(&offered) {
+                let volumes = &mut next.volumes;
+                let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
+                let volume = volume.expect("checked before");
+                volume.snapshots.push(store.into());
+            }
+        };
+        self.begin_change(edit, files_to_make(&offered))
     }
 
     /// What can be refused by looking at names.
@@ -310,6 +324,24 @@ impl Turn<'_> {
             }
         }
         as_planned
+    }
+}
+
+/// Files that are made while others may have the books, as part of a change.
+pub(super) struct RecordedAside<'a> {
+    pub(super) aside: &'a Shared,
+    pub(super) change: &'a mut Change,
+}
+
+impl Making for RecordedAside<'_> {
+    fn first_name(&self, path: &Path) -> Option<PathBuf> {
+        self.change.made_as(&settled(path))
+    }
+
+    fn made(&mut self, paths: &[PathBuf]) -> io::Result<()> {
+        let paths: Vec<PathBuf> = paths.iter().map(|path| settled(path)).collect();
+        let made = self.aside.records().made(self.change, &paths);
+        made.map_err(io::Error::other)
     }
 }
 

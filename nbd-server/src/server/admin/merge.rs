@@ -14,7 +14,6 @@ use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
-use crate::disks::Merging;
 use crate::io::{News, NotMerged, VolumeAccess, VolumeOrder, What};
 use crate::server::registry::{MergeState, SnapshotEntry, Suspension};
 use crate::state::record::State;
@@ -52,6 +51,13 @@ impl Turn<'_> {
             MergeClients::Wait if clients > 0 => {
                 self.set_merge(name, MergeState::Waiting { delete_cow });
                 self.tell(EventKind::MergeWaiting, name);
+                // The last of them may have gone between the look and the note.
+                if self.origin_clients(volume)? == 0 {
+                    match self.begin_merge(name, true, delete_cow) {
+                        Ok(()) | Err(Refused::MergeInUse(..)) => {}
+                        Err(refused) => return Err(refused),
+                    }
+                }
             }
             MergeClients::Refuse if clients > 0 && !tries_again => {
                 return Err(Refused::MergeInUse(name.volume.clone(), clients));
@@ -87,7 +93,7 @@ impl Turn<'_> {
     ) -> Result<(), Refused> {
         let (shard, volume, entry) = self.find(name)?;
         let (snapshot, before) = (entry.id, entry.merge);
-        self.record_merging(name, Some(Merging { delete_cow }))?;
+        self.record_merging(name, delete_cow)?;
         // It vanishes from the lists before its clients are dropped.
         self.set_merge(name, MergeState::Begun { delete_cow });
         self.publish();
@@ -113,24 +119,19 @@ impl Turn<'_> {
             }
             Err(NotMerged::Failed(why)) => Refused::NotMergeable(name.clone(), why.to_owned()),
         };
+        // The mark goes again, or says what it said before.
         self.set_merge(name, before);
         self.publish();
-        if before == MergeState::None {
-            self.record_merging(name, None)?;
-        }
+        self.record(|_| ())?;
         Err(refused)
     }
 
     /// The mark that a restart goes by (durability.md, rule 12).
-    fn record_merging(
-        &mut self,
-        name: &SnapshotName,
-        merging: Option<Merging>,
-    ) -> Result<(), Refused> {
+    fn record_merging(&mut self, name: &SnapshotName, delete_cow: bool) -> Result<(), Refused> {
         self.record(|next| {
             if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-                one.merging = merging.is_some();
-                one.delete_cow = merging.is_some_and(|merging| merging.delete_cow);
+                one.merging = true;
+                one.delete_cow = delete_cow;
             }
         })
     }
@@ -174,8 +175,8 @@ impl Turn<'_> {
         let (_, _, entry) = self.strike_out(&name);
         self.taken.give_back_cow(&name.to_string());
         self.publish();
-        let cleaned = clean_up(&name, entry, delete_cow);
-        let ended = change.and_then(|change| Ok(self.keeper.finish(change)?));
+        let cleaned = self.aside(|_| clean_up(&name, entry, delete_cow));
+        let ended = change.and_then(|change| self.finish(change));
         for failed in [ended, cleaned] {
             if let Err(error) = failed {
                 tracing::warn!(export = %name, "{error}");

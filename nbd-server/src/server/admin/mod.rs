@@ -1,9 +1,11 @@
 //! The administrator: a thread that has orders executed, each on a thread of its own,
-//! and the books: registry, records, files in use. Whoever has the books works alone
-//! ([`turn`]); an order that waits for long lays them down, so that looks, clients'
-//! ends and orders on other volumes do not wait behind it, while those on the same
-//! volume do ([`claims`]). What takes long to make (stores, checks) is made before a
-//! volume is held; what a volume has to do is ordered from its thread, with a deadline.
+//! and the books: the registry and the files in use. Whoever has the books works alone
+//! ([`turn`]); an order that waits for long, for a volume or a disk, lays them down, so
+//! that looks, clients' ends and orders on other volumes do not wait behind it, while
+//! those on the same volume do ([`claims`]). Records are kept beside the books. Volumes
+//! that are to be added by orders which come at once are added together ([`adding`]).
+//! What takes long to make (stores, checks) is made before a volume is held; what a
+//! volume has to do is ordered from its thread, with a deadline.
 
 mod adding;
 mod claims;
@@ -22,6 +24,7 @@ mod tests;
 mod turn;
 mod volumes;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{JoinHandle, Scope as Threads};
@@ -37,12 +40,11 @@ use crate::control::door::Office;
 use crate::control::protocol::{
     Answer, EventKind, EventReport, Order, Outcome, SnapshotName, VolumeRemove,
 };
-use crate::disks::{Taken, shown};
+use crate::disks::Taken;
 use crate::io::{Herald, Loss, News, Shard, What};
 use crate::state::files::SystemFiles;
-use crate::state::keeper::{Change, Keeper};
+use crate::state::keeper::Keeper;
 use crate::state::place::settled;
-use crate::state::record::{IntentFile, State};
 use adding::Addition;
 use claims::Scope;
 use refusal::Refused;
@@ -58,6 +60,8 @@ enum Letter {
     Loss(Loss),
     /// An order has ended: it may have left something to be done in time.
     Ended,
+    /// An order has panicked: nobody knows what the books say any more.
+    Broken,
     Stop,
 }
 
@@ -74,7 +78,6 @@ pub(super) struct Admin {
 pub(super) struct Administrator {
     registry: Registry,
     taken: Taken,
-    keeper: Keeper<SystemFiles>,
     directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
     events: Arc<Events>,
@@ -90,8 +93,6 @@ pub(super) struct Administrator {
 pub(super) struct Outfit {
     /// The files that are used.
     pub(super) taken: Taken,
-    /// Remembers durably.
-    pub(super) keeper: Keeper<SystemFiles>,
     /// How snapshots behave unless it is said.
     pub(super) defaults: Defaults,
 }
@@ -153,16 +154,11 @@ impl Administrator {
         events: Arc<Events>,
         mailroom: Mailroom,
     ) -> Self {
-        let Outfit {
-            taken,
-            keeper,
-            defaults,
-        } = outfit;
+        let Outfit { taken, defaults } = outfit;
         Self {
             volumes: registry.volumes.len() as u32,
             registry,
             taken,
-            keeper,
             directory,
             shards,
             events,
@@ -172,11 +168,11 @@ impl Administrator {
     }
 
     /// Begin to execute orders.
-    pub(super) fn start(mut self) -> std::io::Result<Admin> {
+    pub(super) fn start(mut self, keeper: Keeper<SystemFiles>) -> std::io::Result<Admin> {
         let letters = self.mailroom.letters.clone();
         let mailroom = std::mem::take(&mut self.mailroom);
         let events = Arc::clone(&self.events);
-        let shared = Shared::new(self);
+        let shared = Shared::new(self, keeper);
         let builder = std::thread::Builder::new().name("administrator".into());
         let thread = builder.spawn(move || {
             std::thread::scope(|threads| work(&shared, &mailroom, threads));
@@ -189,30 +185,13 @@ impl Administrator {
         })
     }
 
-    /// Write a loss down in the list of the disk's stores (durability.md, rule 6).
-    fn mark_lost(&mut self, loss: Loss) {
+    /// The disk and the store of a loss.
+    fn place_of(&self, loss: &Loss) -> Option<(PathBuf, PathBuf)> {
         let volumes = &self.registry.volumes;
-        let volume = volumes.iter().find(|volume| volume.id == loss.volume);
-        let entry = volume.and_then(|volume| {
-            let mut entries = volume.snapshots.iter();
-            let entry = entries.find(|entry| entry.id == loss.snapshot)?;
-            Some((settled(&volume.origin.path), settled(&entry.cow)))
-        });
-        let Some((disk, cow)) = entry else {
-            return;
-        };
-        match self.keeper.mark_lost(&disk, &cow) {
-            Ok(true) => loss.marked(),
-            Ok(false) => tracing::error!("{}: its disk does not list it", shown(&cow)),
-            Err(error) => tracing::error!("the loss of a snapshot is not marked: {error}"),
-        }
-    }
-
-    /// Take a change back that comes to nothing.
-    fn forget(&mut self, change: Change) {
-        if let Err(error) = self.keeper.abandon(change) {
-            tracing::error!("what was begun could not be taken back: {error}");
-        }
+        let volume = volumes.iter().find(|volume| volume.id == loss.volume)?;
+        let mut entries = volume.snapshots.iter();
+        let entry = entries.find(|entry| entry.id == loss.snapshot)?;
+        Some((settled(&volume.origin.path), settled(&entry.cow)))
     }
 
     /// Have clients see what the registry has.
@@ -254,28 +233,6 @@ impl Turn<'_> {
             Order::Events(_) => unreachable!("the door answers it by itself"),
         }
     }
-
-    /// Record a change that makes no file, before it takes effect.
-    fn record(&mut self, edit: impl FnOnce(&mut State)) -> Result<(), Refused> {
-        let change = self.commit_change(edit, Vec::new())?;
-        Ok(self.keeper.finish(change)?)
-    }
-
-    /// The same, of a change that gives files up; [`Keeper::finish`] deletes them.
-    fn commit_change(
-        &mut self,
-        edit: impl FnOnce(&mut State),
-        given_up: Vec<IntentFile>,
-    ) -> Result<Change, Refused> {
-        let mut next = self.recorded();
-        edit(&mut next);
-        let mut change = self.keeper.begin(next, given_up)?;
-        if let Err(error) = self.keeper.commit(&mut change) {
-            self.forget(change);
-            return Err(error.into());
-        }
-        Ok(change)
-    }
 }
 
 /// Have everything done that comes, until it is to stop and all orders have ended.
@@ -283,7 +240,7 @@ fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Th
     while let Some(letter) = next_letter(shared, mailroom) {
         match letter {
             Letter::Order(order, answer) => {
-                in_a_thread(threads, mailroom, move || shared.carry_out(order, answer));
+                in_a_thread(threads, mailroom, move || shared.execute(order, answer));
             }
             Letter::News(news) => {
                 let concerned = shared.books().concerned(&news);
@@ -295,8 +252,9 @@ fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Th
                     });
                 }
             }
-            Letter::Loss(loss) => shared.books().mark_lost(loss),
+            Letter::Loss(loss) => in_a_thread(threads, mailroom, move || shared.mark_lost(loss)),
             Letter::Ended => {}
+            Letter::Broken => panic!("an order has panicked"),
             Letter::Stop => break,
         }
     }
@@ -305,7 +263,7 @@ fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Th
 
 impl Shared {
     /// Execute an order and answer it, unless the server is stopping.
-    fn carry_out(&self, order: Order, answer: oneshot::Sender<Outcome>) {
+    fn execute(&self, order: Order, answer: oneshot::Sender<Outcome>) {
         let scope = Scope::of(&order);
         let order = match Addition::of(order) {
             Ok(volumes) => return self.add(scope, volumes, answer),
@@ -330,7 +288,8 @@ fn outcome(ended: Result<Answer, Refused>) -> Outcome {
 /// The next letter; `None`: there will be no more. Meanwhile volumes go on that are to.
 fn next_letter(shared: &Shared, mailroom: &Mailroom) -> Option<Letter> {
     loop {
-        let Some(at) = shared.books().next_resumption() else {
+        let at = shared.books().next_resumption();
+        let Some(at) = at else {
             return mailroom.inbox.recv().ok();
         };
         let left = at.saturating_duration_since(Instant::now());
@@ -348,14 +307,27 @@ fn in_a_thread<'scope>(
     mailroom: &Mailroom,
     what: impl FnOnce() + Send + 'scope,
 ) {
-    let letters = mailroom.letters.clone();
+    let end = End(mailroom.letters.clone());
     let builder = std::thread::Builder::new().name("order".into());
     let begun = builder.spawn_scoped(threads, move || {
+        let _end = end;
         what();
-        let _ = letters.send(Letter::Ended);
     });
     if let Err(error) = begun {
         tracing::error!("an order cannot be executed: {error}");
+    }
+}
+
+/// Tells of the end of a thread, however it comes.
+struct End(Sender<Letter>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.0.send(if std::thread::panicking() {
+            Letter::Broken
+        } else {
+            Letter::Ended
+        });
     }
 }
 

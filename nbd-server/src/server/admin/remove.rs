@@ -63,9 +63,9 @@ impl Turn<'_> {
                 other => other,
             };
             self.taken.give_back_cow(&name.to_string());
-            let cow = entry.cow.clone();
-            let cleaned = ended.and_then(|()| give_back(name, entry, remove.delete_cow));
-            if cleaned.is_ok() && remove.delete_cow {
+            let (cow, delete) = (entry.cow.clone(), remove.delete_cow);
+            let cleaned = ended.and_then(|()| self.aside(|_| give_back(name, entry, delete)));
+            if cleaned.is_ok() && delete {
                 deleted.insert(cow.parent().map(Path::to_owned), (name, cow));
             }
             failed = failed.or(cleaned.err());
@@ -73,9 +73,10 @@ impl Turn<'_> {
         }
         // Each folder once, of however many stores it had.
         for (name, cow) in deleted.into_values() {
-            failed = failed.or(make_durable(name, &cow).err());
+            let durable = self.aside(|_| make_durable(name, &cow));
+            failed = failed.or(durable.err());
         }
-        self.keeper.finish(change)?;
+        self.finish(change)?;
         failed.map_or(Ok(answer), Err)
     }
 

@@ -47,8 +47,7 @@ impl Turn<'_> {
         self.check_reset(reset)?;
         let old = self.find(name)?.2.id;
         let file = IntentFile::to_make(settled(&self.find(name)?.2.cow));
-        let recorded = self.recorded();
-        let mut change = self.keeper.begin(recorded, vec![file.clone()])?;
+        let mut change = self.begin_change(|_| (), vec![file.clone()])?;
         let mut exchanged = None;
         if let Err(refused) = self.make_and_exchange(name, &file, &mut change, &mut exchanged) {
             // Once the new store has the name, only a start can tell what has come of it.
@@ -59,7 +58,7 @@ impl Turn<'_> {
         }
         self.publish();
         let ended = self.end_old(name, old);
-        self.keeper.finish(change)?;
+        self.finish(change)?;
         // What the new store's record promised is so.
         self.record(|_| ())?;
         self.tell(EventKind::Reset, name);
@@ -124,6 +123,7 @@ impl Turn<'_> {
             mut snapshots,
             notes,
             deed,
+            ..
         } = self.make_beside(name, &request)?;
         let open = snapshots.pop().expect("one was planned");
         let chunk_size = open.store.chunk_size();
@@ -132,10 +132,10 @@ impl Turn<'_> {
         let marks_old = kind != StoreKind::Transient;
         let exchange = |_: &mut Self| {
             let old = Old::open(&cow, chunk_size, marks_old);
-            match exchange(&mut SystemFiles, &made_as, &cow, || old?.mark_lost()) {
-                Ok(how) => Ok(*exchanged = Some(how)),
-                Err(error) => Err(Refused::NotExchanged(name.clone(), error.to_string())),
-            }
+            let how = exchange(&mut SystemFiles, &made_as, &cow, || old?.mark_lost());
+            let failed = |error: io::Error| Refused::NotExchanged(name.clone(), error.to_string());
+            *exchanged = Some(how.map_err(failed)?);
+            Ok(())
         };
         let held = match promised.and_then(|()| self.take_all(vec![part], exchange)) {
             Ok(held) => held,
@@ -164,16 +164,16 @@ impl Turn<'_> {
             let (path, doing) = (made_as.to_owned(), "looking at it");
             StateError::System { path, doing, error }
         })?;
-        let mut next = self.recorded();
-        if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-            one.anew = looked.map(|file| Anew {
-                file,
-                bytes: new.past.bytes,
-                taken_at: new.past.taken_at,
-            });
-        }
-        self.keeper.amend(change, next)?;
-        Ok(self.keeper.commit(change)?)
+        let anew = looked.map(|file| Anew {
+            file,
+            bytes: new.past.bytes,
+            taken_at: new.past.taken_at,
+        });
+        self.amend_and_commit(change, |next| {
+            if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
+                one.anew = anew;
+            }
+        })
     }
 
     fn part(&self, name: &SnapshotName, mut open: OpenSnapshot) -> Part {
@@ -201,7 +201,11 @@ impl Turn<'_> {
         let books = &mut **self;
         let volume = books.registry.volume(&name.volume).expect("found before");
         plan.add(&name.volume, &volume.origin, request, &mut books.taken)?;
-        Ok(plan.carry_out(&mut self.taken, &mut Unrecorded)?)
+        let roles = plan.roles();
+        let made = self.aside(|_| plan.carry_out(&mut Unrecorded));
+        let made = made.inspect_err(|_| self.give_back(&roles))?;
+        made.note(&mut self.taken);
+        Ok(made)
     }
 
     fn take_back(&mut self, deed: Deed) {

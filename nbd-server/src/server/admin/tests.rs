@@ -26,7 +26,6 @@ fn administrator() -> Administrator {
     let shards = vec![Shard::start(0, Arc::new(Deaf)).unwrap()];
     let outfit = Outfit {
         taken: Taken::default(),
-        keeper: Keeper::open(SystemFiles, None).unwrap(),
         defaults: Defaults::default(),
     };
     let (directory, events) = (Arc::default(), Arc::default());
@@ -76,7 +75,8 @@ fn remove(names: &[&str]) -> Order {
 fn an_order_that_waits_lets_the_others_pass() {
     let mailroom = Mailroom::default();
     let letters = mailroom.letters.clone();
-    let shared = Shared::new(administrator());
+    let records = Keeper::open(SystemFiles, None).unwrap();
+    let shared = Shared::new(administrator(), records);
     std::thread::scope(|threads| {
         let (answer, asked) = channel::<()>();
         let (begun, has_begun) = channel();
@@ -131,7 +131,7 @@ fn an_order_that_waits_lets_the_others_pass() {
     });
 }
 
-/// Whoever has the books first adds what all ask for who wait; one that cannot be
+/// Whoever's turn it is first adds what all ask for who wait; one that cannot be
 /// takes none of the others along.
 #[test]
 fn additions_that_wait_together_are_each_done_or_refused() {
@@ -148,20 +148,21 @@ fn additions_that_wait_together_are_each_done_or_refused() {
                 std::fs::write(path, [1; 4096]).unwrap();
             }
         }
-        let shared = Shared::new(administrator());
+        let records = Keeper::open(SystemFiles, None).unwrap();
+        let shared = Shared::new(administrator(), records);
         std::thread::scope(|threads| {
-            let books = shared.books();
+            let gate = shared.additions.gate();
             let mut outcomes = Vec::new();
             for (place, name) in names.into_iter().enumerate() {
                 let (sender, outcome) = oneshot::channel();
                 let (shared, volumes) = (&shared, vec![addition(name, folder.path())]);
                 threads.spawn(move || shared.add(Scope::volume(name), volumes, sender));
-                while shared.waiting().len() <= place {
+                while shared.additions.waiting().len() <= place {
                     std::thread::yield_now();
                 }
                 outcomes.push(outcome);
             }
-            drop(books);
+            drop(gate);
             for (name, outcome) in names.into_iter().zip(outcomes) {
                 let wanted = if there.contains(&name) {
                     "Done"
@@ -172,12 +173,12 @@ fn additions_that_wait_together_are_each_done_or_refused() {
                 assert!(outcome.contains(wanted), "{name}: {outcome}");
             }
         });
+        let state = shared.records().state().clone();
         let books = shared.into_books();
         let served = books.registry.volumes.iter();
         let served: Vec<&str> = served.map(|volume| volume.name.as_str()).collect();
         assert_eq!(served, there);
-        let recorded = books.keeper.state().by_name();
-        assert_eq!(recorded.into_keys().collect::<Vec<_>>(), there);
+        assert_eq!(state.by_name().into_keys().collect::<Vec<_>>(), there);
     }
 }
 
