@@ -141,12 +141,10 @@ impl Allocator {
         }
     }
 
-    /// The length to grow to now, because less than half a step is left. A small
-    /// store doubles.
+    /// The length to grow to now, because less than half a step is left.
     pub(crate) fn poll_growth(&mut self) -> Option<u64> {
         let used = self.layout.chunk_size().cow_offset(self.next_free);
-        let step = self.size.step.min(self.size.ready);
-        let step = step.max(4 * self.layout.chunk_size().bytes());
+        let step = self.size.step.max(4 * self.layout.chunk_size().bytes());
         let left = self.size.ready.saturating_sub(used);
         let wanted = match self.growing {
             Growing::Idle => left < (step / 2).max(2 * self.layout.chunk_size().bytes()),

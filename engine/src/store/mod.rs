@@ -39,8 +39,7 @@ pub struct StoreSize {
     pub ready: u64,
     /// It may grow up to here by [`Action::Grow`]; equal to `ready` for a block device.
     pub limit: u64,
-    /// How much it grows at a time, at most: as long as it has less it doubles, and
-    /// 4 chunks at least are taken. 0 for a device,
+    /// How much it grows at a time; 4 chunks at least are taken. 0 for a device,
     /// with `ready` equal to `limit`: it is never asked to grow, and when it is
     /// extended the new room is there already.
     pub step: u64,

@@ -27,8 +27,9 @@ const LEAST_CHUNKS: u64 = 3;
 const GROWTH_STEP: u64 = 16 << 20;
 
 /// A store of a shared origin begins with so much, or with one chunk more than
-/// [`LEAST_CHUNKS`]: there may be a thousand of them, and most stay small.
-const FIRST_OF_MANY: u64 = 128 << 10;
+/// [`LEAST_CHUNKS`], and grows by so much, or by what it has when it is opened: there
+/// may be a thousand of them, and most stay small.
+const FIRST_OF_MANY: u64 = 256 << 10;
 
 /// The origin, as a store's plan needs it.
 #[derive(Clone, Debug)]
@@ -246,7 +247,7 @@ fn open_store(
         StoreSize {
             ready: disk.bytes,
             limit: room.limit(notes)?,
-            step: step(in_header),
+            step: step(origin, in_header, disk.bytes),
         }
     };
     let origin_bytes = wanted.length(origin);
@@ -336,7 +337,7 @@ fn plan_new(
     };
     let first = match origin.access {
         VolumeAccess::Shared => FIRST_OF_MANY.max((LEAST_CHUNKS + 1) * chunk.bytes()),
-        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => step(chunk),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => step(origin, chunk, present),
     };
     let size = if is_block_device {
         if wanted.size.is_some() {
@@ -349,7 +350,7 @@ fn plan_new(
         StoreSize {
             ready: room.first(limit, first),
             limit,
-            step: step(chunk),
+            step: step(origin, chunk, present),
         }
     };
     let spec = StoreSpec {
@@ -369,8 +370,12 @@ fn fixed(bytes: u64) -> StoreSize {
     }
 }
 
-fn step(chunk: ChunkSize) -> u64 {
-    GROWTH_STEP.max(LEAST_CHUNKS * chunk.bytes())
+fn step(origin: &Origin, chunk: ChunkSize, present: u64) -> u64 {
+    let step = match origin.access {
+        VolumeAccess::Shared => present.clamp(FIRST_OF_MANY, GROWTH_STEP),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => GROWTH_STEP,
+    };
+    step.max(LEAST_CHUNKS * chunk.bytes())
 }
 
 /// Bytes of a store in which every chunk of its origin has an exception.
