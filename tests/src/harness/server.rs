@@ -28,7 +28,7 @@ pub struct Serve {
     exports: usize,
     socket: Option<PathBuf>,
     control: Option<PathBuf>,
-    mutant: Option<Mutant>,
+    mutant: bool,
     environment: Vec<(String, String)>,
 }
 
@@ -93,8 +93,13 @@ impl Serve {
 
     /// Serve with a rule of durability broken: another build of the program.
     pub fn mutant(&mut self, mutant: Mutant) -> &mut Self {
-        self.mutant = Some(mutant);
-        self.env(MUTANT_VARIABLE, &format!("{mutant:?}"))
+        self.mutant_named(&format!("{mutant:?}"))
+    }
+
+    /// The same with any rule that this build can break, the server's own too.
+    pub fn mutant_named(&mut self, name: &str) -> &mut Self {
+        self.mutant = true;
+        self.env(MUTANT_VARIABLE, name)
     }
 
     /// An environment variable.
@@ -105,10 +110,12 @@ impl Serve {
 
     /// The command line, for a test that starts it its own way.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(match self.mutant {
-            None => program(),
-            Some(_) => mutant_program(),
-        });
+        let program = if self.mutant {
+            mutant_program()
+        } else {
+            program()
+        };
+        let mut command = Command::new(program);
         command
             .arg("serve")
             .args(&self.args)
