@@ -246,6 +246,15 @@ impl Session<'_> {
                     let slot = &self.world.slots[index];
                     slot.on_full.error && (slot.may_be_full() || slot.hurt)
                 };
+                // Nobody waits for room in a store that becomes a part of the origin.
+                let merges = |index: usize| {
+                    let slot = &self.world.slots[index];
+                    let marked = self.world.merging.is_some_and(|m| m.slot == index);
+                    marked && slot.on_full.pause && slot.may_be_full()
+                };
+                if p.writes() && p.slot.is_some_and(merges) {
+                    return Some(Tally::MergeEndsPause);
+                }
                 let found = match p.slot {
                     Some(index) => refuses(index),
                     // The snapshot that refused may be gone by the time of the answer.
@@ -465,6 +474,7 @@ impl Session<'_> {
             .pending
             .values()
             .any(|p| p.slot.is_none() && p.writes());
+        let merging = self.world.merged_slot().is_some();
         let World {
             slots,
             ledger,
@@ -491,6 +501,8 @@ impl Session<'_> {
             ledger.count(Tally::InvalidByError);
         } else if origin_writes {
             ledger.count(Tally::InvalidByFull);
+        } else if merging {
+            ledger.count(Tally::MergeSiblingLost);
         }
         slot.phase = Phase::Invalid;
         Ok(())
