@@ -394,10 +394,12 @@ impl Session<'_> {
         self.merge_waits() && full.next().is_some()
     }
 
-    /// A merge was ordered while the volume stood still.
-    pub(super) fn merge_is_still_to_begin(&self) -> bool {
+    /// A merge stands still with its volume: it is to begin, or it waits for room
+    /// and goes on when both are over.
+    pub(super) fn merge_stands_still(&self) -> bool {
         let still = self.suspension == Suspension::Suspended;
-        still && self.world.merging.is_some_and(|merging| !merging.begun)
+        let to_begin = self.world.merging.is_some_and(|merging| !merging.begun);
+        still && (to_begin || self.merge_waits())
     }
 
     /// Count what a merge waits for.
