@@ -8,6 +8,7 @@
 //!
 //! A normal run plays a few rounds; `NBDSNAP_LONG` plays a hundred.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -16,7 +17,7 @@ use std::thread::JoinHandle;
 use nbdsnap::client::Client;
 use nbdsnap_tests::harness::blocks::{BLOCK, block_of, numbers_of};
 use nbdsnap_tests::harness::files::{folder, sparse_file};
-use nbdsnap_tests::harness::live::{attach, contents, done, names};
+use nbdsnap_tests::harness::live::{attach, contents, done, names, one_line};
 use nbdsnap_tests::harness::process::wait_until;
 use nbdsnap_tests::harness::random::{Random, long_run, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
@@ -239,6 +240,39 @@ impl Attached {
     }
 }
 
+/// Other orders about a disk that is being merged: those that go together with it
+/// are done, a new snapshot is refused until it is over. What was done.
+fn meddle(server: &Server, random: &mut Random) -> &'static str {
+    match random.below(5) {
+        0 => {
+            done(server, &["suspend", "vm"]);
+            done(server, &["resume", "vm"]);
+            "suspended and resumed"
+        }
+        1 => {
+            let extend = ["snapshot", "extend", "vm@sibling", "--size", "64M"];
+            done(server, &extend);
+            "sibling extended"
+        }
+        2 => {
+            done(server, &["snapshot", "rename", "vm@sibling", "another"]);
+            done(server, &["snapshot", "rename", "vm@another", "sibling"]);
+            "sibling renamed"
+        }
+        3 => {
+            let created = server.order(["snapshot", "create", "vm@new"]);
+            if created.code == Some(0) {
+                done(server, &["snapshot", "remove", "vm@new", "--delete-cow"]);
+                return "over before the next order";
+            }
+            let line = one_line(&created, 1);
+            assert!(line.contains("vm@then is being merged"), "{line}");
+            "new snapshot refused"
+        }
+        _ => "left alone",
+    }
+}
+
 #[test]
 fn disks_are_rolled_back_under_clients_that_know_what_they_must_see() {
     let mut random = Random::new(seed("live_merges"));
@@ -251,6 +285,7 @@ fn disks_are_rolled_back_under_clients_that_know_what_they_must_see() {
     let clients = [0, 1].map(|n| Attached::new(&server, n, Random::new(random.bits())));
     let rounds = if long_run().is_some() { 100 } else { 6 };
     let (mut meanwhile, mut under_way) = (0, 0);
+    let mut meddled = BTreeMap::new();
     for round in 0..rounds {
         let chunks = ["4K", "16K", "64K"];
         let chunk = chunks[random.below(3) as usize];
@@ -278,6 +313,7 @@ fn disks_are_rolled_back_under_clients_that_know_what_they_must_see() {
         for client in &clients {
             client.tell(Word::RolledBack);
         }
+        *meddled.entry(meddle(&server, &mut random)).or_insert(0) += 1;
         let left = || names(&done(&server, &["snapshot", "list"]));
         wait_until("the merge is done", || left() == ["vm@sibling"]);
         meanwhile += steps() - before;
@@ -294,7 +330,7 @@ fn disks_are_rolled_back_under_clients_that_know_what_they_must_see() {
     }
     println!(
         "{rounds} merges, {under_way} of them still under way when the order was answered; \
-         the clients had {meanwhile} requests answered while they ran"
+         the clients had {meanwhile} requests answered while they ran; {meddled:?}"
     );
     assert!(meanwhile > 0, "nobody used the disk while it was merged");
     clients.into_iter().for_each(Attached::stop);
