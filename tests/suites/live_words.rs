@@ -106,15 +106,19 @@ impl Transcript<'_> {
     fn order(&mut self, line: &str) {
         let done = self.server.order(line.split_whitespace());
         let (out, code) = (done.text(), done.code);
-        self.text += &format!("$ nbdsnap {line}\n{out}{}", done.stderr);
+        let said = &mut self.text;
+        said.extend(["$ nbdsnap ", line, "\n", &out, &done.stderr]);
         if code != Some(0) {
-            self.text += &format!("(status {})\n", code.expect("an exit status"));
+            let code = code.expect("an exit status").to_string();
+            said.extend(["(status ", &code, ")\n"]);
         }
-        self.text += "\n";
+        said.push('\n');
     }
 
     fn orders(&mut self, lines: &[&str]) {
-        lines.iter().for_each(|line| self.order(line));
+        for line in lines {
+            self.order(line);
+        }
     }
 }
 
