@@ -402,6 +402,16 @@ impl Session<'_> {
         still && (to_begin || self.merge_waits())
     }
 
+    /// Nobody waits for room in a store that is about to become a part of the origin.
+    pub(super) fn merge_ends_pause(&self, index: usize) -> bool {
+        let slot = &self.world.slots[index];
+        let marked = self
+            .world
+            .merging
+            .is_some_and(|merging| merging.slot == index);
+        marked && slot.on_full.pause && slot.may_be_full()
+    }
+
     /// Count what a merge waits for.
     pub(super) fn look_at_merge(&mut self) {
         if !self.merge_waits() {
