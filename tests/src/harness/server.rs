@@ -5,6 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,7 +18,7 @@ use nbdsnap_engine::law::Mutant;
 use rustix::process::Signal;
 
 use super::PATIENCE;
-use super::process::{Finished, pid_of, run, wait};
+use super::process::{Finished, pid_of, run, wait, wait_until};
 use super::program::{MUTANT_VARIABLE, mutant_program, program};
 use super::wire::Address;
 
@@ -147,6 +148,9 @@ impl Serve {
             port: None,
         };
         server.wait_until_ready(&lines, self.exports);
+        if self.exports == 0 {
+            server.wait_until_it_takes_orders();
+        }
         server
     }
 
@@ -221,6 +225,17 @@ impl Server {
                 .ok()
         };
         self.port = self.printed_uris().iter().find_map(port);
+    }
+
+    /// One that has nothing to print is ready when its control socket is.
+    fn wait_until_it_takes_orders(&mut self) {
+        let Some(control) = self.control.clone() else {
+            return;
+        };
+        wait_until("the server takes orders", || {
+            assert!(self.is_running(), "it has ended: {}", self.stderr());
+            UnixStream::connect(&control).is_ok()
+        });
     }
 
     /// The URIs that it printed.
