@@ -289,6 +289,13 @@ impl ViewModel {
         }
     }
 
+    /// Nothing is known of this view any more but that it is what `to` is, where `to`
+    /// reaches: a crash came between the order of a rollback and its beginning.
+    pub fn take_over(&mut self, to: &Self) {
+        self.cells[..to.cells.len()].clone_from_slice(&to.cells);
+        self.rolled_back = to.rolled_back;
+    }
+
     /// How much of an unanswered write the frozen view shows: a snapshot has all
     /// of it or nothing, but for what overlapping writes may have replaced.
     pub fn part_in(&self, frozen: &Self, range: Cells, stamp: Stamp, issued: Time) -> Part {

@@ -176,7 +176,8 @@ impl Checks {
     }
 
     /// The process ends by a crash.
-    fn end_process(session: Session<'_>, half_made: bool, closed: bool) -> Crash {
+    fn end_process(mut session: Session<'_>, half_made: bool, closed: bool) -> Crash {
+        session.count_crash_in_merge();
         let idle = session.in_flight() == 0;
         let growing = session.is_growing();
         let suspended = session.suspension == Suspension::Suspended;
@@ -207,10 +208,9 @@ impl Checks {
 
     /// The last process: everything is quiet, and closes.
     fn finish(mut session: Session<'_>) -> Result<(), Violation> {
-        session.resume_merge();
         let cells = session.world.cells_of(None);
         session.hand_in(None, cells, Ask::Read)?;
-        session.settle()?;
+        session.let_merge_end()?;
         session.close()?;
         if session.world.merging.is_some() {
             return Err(Violation("a merge without errors did not end".into()));

@@ -215,7 +215,12 @@ impl Plan {
             .collect();
         let mut temper = Temper::pick(origin_sectors, rng);
         let merges = [0, 0, 1, 4][rng.index(4)];
-        if profile < 36 || merges > 0 {
+        // Some merges are played by themselves, the others among everything else.
+        let live_in_merges = match () {
+            () if merges > 0 && profile >= 36 => [0, 0, 8, 24][rng.index(4)],
+            () => 0,
+        };
+        if profile < 36 || (merges > 0 && live_in_merges == 0) {
             for store in &mut stores {
                 store.on_full = OnFull::Invalidate;
             }
@@ -264,9 +269,9 @@ impl Plan {
             },
             merges,
             merge_step: [512, 2048, 8192, 1 << 20][rng.index(4)],
-            // What tears takes its time undisturbed, and merges are played by themselves.
+            // What tears takes its time undisturbed.
             live: match () {
-                () if merges > 0 => 0,
+                () if merges > 0 => live_in_merges,
                 () if profile < 36 => [0, 0, 0, 0, 0, 8][rng.index(6)],
                 () => [0, 2, 8, 24][rng.index(4)],
             },

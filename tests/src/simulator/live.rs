@@ -1,12 +1,14 @@
 //! The verbs of a live disk: snapshots removed, several taken at one instant,
 //! volumes suspended and resumed, stores extended, policies changed, the origin
-//! grown; and what the engine may say of each.
+//! grown; and what the engine may say of each. All of it also while the origin is
+//! being merged (see `merging.rs`), but for new snapshots.
 
 use nbdsnap_engine::disk::sim::Faults;
 use nbdsnap_engine::{Action, ExtendError, InstantId, NotHeld, OnFull, SnapshotId, Status, Store};
 
 use super::Violation;
 use super::ledger::Tally;
+use super::requests::Pending;
 use super::traffic::Session;
 use super::world::{Phase, World, say};
 use crate::pattern::SECTOR;
@@ -33,6 +35,7 @@ impl Session<'_> {
     /// Something of this, now and then; and what keeps others waiting comes to an
     /// end after a while.
     pub(super) fn live_step(&mut self) -> Result<(), Violation> {
+        self.look_at_merge();
         let rng = &mut self.world.rng;
         if self.suspension != Suspension::Running && rng.chance(1, 8) {
             self.resume()?;
@@ -89,10 +92,24 @@ impl Session<'_> {
     fn remove_one(&mut self) -> Result<(), Violation> {
         // What the engine wanted before is in flight.
         self.pump()?;
-        let there = |phase| phase != Phase::Absent;
+        let there = |phase| !matches!(phase, Phase::Absent | Phase::Merging);
         let Some(index) = self.pick_slot(there) else {
             return Ok(());
         };
+        if self
+            .world
+            .merging
+            .is_some_and(|merging| merging.slot == index)
+        {
+            // Whoever has ordered a merge does not remove its snapshot.
+            return Ok(());
+        }
+        if self.world.merged_slot().is_some() {
+            self.world.ledger.count(Tally::MergeSiblingRemoved);
+        }
+        if self.merge_waits() && self.paused(index) > 0 {
+            self.world.ledger.count(Tally::MergeRoomByRemoval);
+        }
         let busy = self.world.slots[index].disk.in_flight() > 0;
         let paused = self.paused(index) > 0;
         let suspended = self.suspension == Suspension::Suspended;
@@ -138,19 +155,22 @@ impl Session<'_> {
         }
         slot.clear();
         slot.was_removed = true;
-        for (request, p) in self
-            .pending
-            .iter_mut()
-            .filter(|(_, p)| p.slot == Some(index))
-        {
+        self.world.ledger.count(Tally::Removed);
+        self.forget_view(index, "removed")
+    }
+
+    /// The snapshot in a slot is gone: only what queues in a suspended volume may
+    /// not have been answered.
+    pub(super) fn forget_view(&mut self, index: usize, how: &str) -> Result<(), Violation> {
+        let of_it = |p: &Pending| p.slot == Some(index) && !p.orphan;
+        for (request, p) in self.pending.iter_mut().filter(|(_, p)| of_it(p)) {
             if !p.queued {
                 return Err(Violation(format!(
-                    "store {index} is said to be removed before request {request} was answered"
+                    "store {index} is said to be {how} before request {request} was answered"
                 )));
             }
             p.orphan = true;
         }
-        self.world.ledger.count(Tally::Removed);
         Ok(())
     }
 
@@ -290,6 +310,9 @@ impl Session<'_> {
             return Err(Violation("suspending failed for no reason".into()));
         }
         self.suspension = Suspension::Suspended;
+        if self.world.merged_slot().is_some() {
+            self.world.ledger.count(Tally::MergeStoodStill);
+        }
         if !durable {
             self.world.ledger.count(Tally::SuspendedNotDurable);
             return Ok(());
@@ -315,6 +338,9 @@ impl Session<'_> {
             Suspension::Suspended => Tally::Resumed,
             _ => Tally::ResumedOnTheWay,
         });
+        if self.suspension == Suspension::Suspended && self.world.merged_slot().is_some() {
+            self.world.ledger.count(Tally::MergeWentOn);
+        }
         self.suspension = Suspension::Running;
         for p in self.pending.values_mut().filter(|p| p.queued) {
             p.queued = false;
@@ -331,6 +357,7 @@ impl Session<'_> {
         let slot = &mut self.world.slots[index];
         let Some(id) = slot.id else { return };
         slot.on_full.note(policy);
+        self.pauses |= policy == OnFull::Pause;
         self.volume.set_on_full(id, policy);
     }
 
@@ -343,11 +370,20 @@ impl Session<'_> {
                 self.world,
                 "a full store {index} means {policy:?} from now on"
             );
-            self.world.ledger.count(if self.paused(index) > 0 {
+            let paused = self.paused(index) > 0;
+            let merge_waits = self.merge_waits();
+            let World { ledger, .. } = &mut *self.world;
+            ledger.count(if paused {
                 Tally::PolicyChangedPaused
             } else {
                 Tally::PolicyChanged
             });
+            if paused && merge_waits {
+                ledger.count(Tally::MergeRoomByPolicy);
+            }
+            if self.world.merged_slot().is_some() {
+                self.world.ledger.count(Tally::MergePolicyChanged);
+            }
             self.set_policy(index, policy);
         }
         self.pump()
@@ -362,6 +398,8 @@ impl Session<'_> {
 
     fn extend(&mut self, index: usize) -> Result<(), Violation> {
         let paused = self.paused(index) > 0;
+        let merge_waits = self.merge_waits();
+        let merging = self.world.merged_slot().is_some();
         let status = self.status(index);
         let World {
             rng, slots, ledger, ..
@@ -374,10 +412,11 @@ impl Session<'_> {
         let sectors = if less { limit - 1 } else { limit + more };
         let result = self.volume.extend_snapshot(id, sectors * SECTOR);
         let lost = slot.phase == Phase::Invalid || status == Some(Status::Invalid);
+        let gone = matches!(slot.phase, Phase::Removing | Phase::Merging);
         let right = match result {
-            Ok(()) => !lost && slot.phase != Phase::Removing && (!less || slot.hurt),
+            Ok(()) => !lost && !gone && (!less || slot.hurt),
             Err(ExtendError::Invalid) => lost,
-            Err(ExtendError::NoSuchSnapshot) => slot.phase == Phase::Removing,
+            Err(ExtendError::NoSuchSnapshot) => gone,
             Err(ExtendError::Smaller { .. }) => less,
         };
         if !right {
@@ -391,6 +430,12 @@ impl Session<'_> {
             Ok(()) => Tally::Extended,
             Err(_) => Tally::ExtendRefused,
         });
+        match result {
+            Ok(()) if merging && paused && merge_waits => ledger.count(Tally::MergeRoomByExtension),
+            Ok(()) if merging => ledger.count(Tally::MergeSiblingExtended),
+            Err(_) if slot.phase == Phase::Merging => ledger.count(Tally::MergeExtendRefused),
+            _ => {}
+        }
         if result.is_ok() {
             slot.on_full
                 .extended(slot.exceptions().1 > slot.plan.capacity());
@@ -495,6 +540,9 @@ impl Session<'_> {
             return Err(Violation(format!("the origin cannot grow: {error}")));
         }
         self.world.ledger.count(Tally::OriginGrown);
+        if self.world.merged_slot().is_some() {
+            self.world.ledger.count(Tally::MergeOriginGrown);
+        }
         self.pump()
     }
 }

@@ -1,12 +1,13 @@
 //! Merges: the order, its mark (which outlives a crash, as the server's does),
 //! and what the engine may say of them.
 
-use nbdsnap_engine::{MergeError, SnapshotId, Status, Store};
+use nbdsnap_engine::{MergeError, OnFull, SnapshotId, Status, Store};
 
 use super::Violation;
 use super::ledger::Tally;
+use super::live::Suspension;
 use super::traffic::Session;
-use super::world::{Has, Phase, World, say};
+use super::world::{Has, Phase, Slot, World, say};
 use crate::store_bytes;
 use crate::workload::Ambush;
 
@@ -47,7 +48,7 @@ impl World {
         }
         if !merging.begun {
             self.ledger.count(Tally::MergeCutBeforeItBegan);
-            self.model = self.slots[index].view.clone();
+            self.model.take_over(&self.slots[index].view);
         }
         self.ledger.count(Tally::MergeAttached);
         self.merging = Some(Merging {
@@ -145,7 +146,9 @@ impl Session<'_> {
         let index = there[rng.index(there.len())];
         let slot = &self.world.slots[index];
         let Some(id) = slot.id else { return Ok(()) };
-        let taking = self.world.slots.iter().any(|s| s.phase == Phase::Creating);
+        let creating = self.world.slots.iter().any(|s| s.phase == Phase::Creating);
+        let taking = creating || !self.instants.is_empty();
+        let held = self.instants.iter().any(|told| told.held.is_some());
         let ordered = self.volume.begin_merge(id);
         say!(
             self.world,
@@ -156,6 +159,9 @@ impl Session<'_> {
         match ordered {
             Ok(()) if matches!(slot.phase, Phase::Active | Phase::Overflowed) && !taking => {
                 self.world.ledger.count(Tally::MergeOrdered);
+                if self.suspension == Suspension::Suspended {
+                    self.world.ledger.count(Tally::MergeOrderedSuspended);
+                }
                 self.world.merging = Some(Merging {
                     slot: index,
                     begun: false,
@@ -164,7 +170,12 @@ impl Session<'_> {
                 return Ok(());
             }
             Err(MergeError::Transient) if !slot.plan.is_persistent() => {}
-            Err(MergeError::InstantUnderWay) if taking => {}
+            Err(MergeError::InstantUnderWay) if taking => {
+                if held {
+                    self.world.ledger.count(Tally::MergeRefusedHeld);
+                }
+            }
+            Err(MergeError::NoSuchSnapshot) if slot.phase == Phase::Removing => {}
             // It is lost, or about to be.
             Err(MergeError::NotReadable) if slot.phase == Phase::Invalid => {}
             Err(MergeError::NotReadable) if self.status(index) == Some(Status::Invalid) => {}
@@ -312,7 +323,8 @@ impl Session<'_> {
         self.compare(None, cells, issued, now, &found)?;
         self.world.merging = None;
         self.world.slots[index].clear();
-        Ok(())
+        // What queues in a suspended volume finds no snapshot when it is let in.
+        self.forget_view(index, "merged")
     }
 
     pub(super) fn on_merge_failed(&mut self, id: SnapshotId, why: &str) -> Result<(), Violation> {
@@ -358,7 +370,97 @@ impl Session<'_> {
 
     /// Whether a merge waits where it should not, with nothing in flight.
     pub(super) fn merge_is_stuck(&self) -> bool {
-        let may_go_on = !self.merge_suspended && !self.closing;
-        (self.world.merging).is_some_and(|merging| !merging.begun || (!merging.failed && may_go_on))
+        let running = self.suspension == Suspension::Running;
+        let may_go_on = !self.merge_suspended && !self.closing && !self.merge_may_wait();
+        (self.world.merging)
+            .is_some_and(|merging| running && (!merging.begun || (!merging.failed && may_go_on)))
+    }
+
+    /// The merge says that it waits for room in another snapshot's store.
+    pub(super) fn merge_waits(&self) -> bool {
+        let progress = self.volume.merge_progress();
+        progress.is_some_and(|progress| progress.waits_for_room)
+    }
+
+    /// Whether the merge waits for room, and there is a store that may be full and
+    /// whose snapshot is not to be lost.
+    pub(super) fn merge_may_wait(&self) -> bool {
+        let slots = self.world.slots.iter().enumerate();
+        let mut full = slots.filter(|(index, slot)| {
+            slot.on_full.current != OnFull::Invalidate
+                && (slot.may_be_full() || slot.hurt)
+                && self.paused(*index) > 0
+        });
+        self.merge_waits() && full.next().is_some()
+    }
+
+    /// A merge stands still with its volume: it is to begin, or it waits for room
+    /// and goes on when both are over.
+    pub(super) fn merge_stands_still(&self) -> bool {
+        let still = self.suspension == Suspension::Suspended;
+        let to_begin = self.world.merging.is_some_and(|merging| !merging.begun);
+        still && (to_begin || self.merge_waits())
+    }
+
+    /// Nobody waits for room in a store that is about to become a part of the origin.
+    pub(super) fn merge_ends_pause(&self, index: usize) -> bool {
+        let slot = &self.world.slots[index];
+        let marked = self
+            .world
+            .merging
+            .is_some_and(|merging| merging.slot == index);
+        marked && slot.on_full.pause && slot.may_be_full()
+    }
+
+    /// Count what a merge waits for.
+    pub(super) fn look_at_merge(&mut self) {
+        if !self.merge_waits() {
+            return;
+        }
+        for index in 0..self.world.slots.len() {
+            if self.paused(index) == 0 {
+                continue;
+            }
+            match self.world.slots[index].on_full.current {
+                OnFull::Pause => self.world.ledger.count(Tally::MergeWaitsPausing),
+                OnFull::Error => self.world.ledger.count(Tally::MergeWaitsRefusing),
+                OnFull::Invalidate => {}
+            }
+        }
+    }
+
+    /// Count what the process had under way beside a merge when it was cut off.
+    pub(super) fn count_crash_in_merge(&mut self) {
+        if self.world.merged_slot().is_none() {
+            return;
+        }
+        if self.suspension == Suspension::Suspended {
+            self.world.ledger.count(Tally::CrashMergeSuspended);
+        }
+        if self.merge_waits() {
+            self.world.ledger.count(Tally::CrashMergeWaiting);
+        }
+        let removing = |slot: &Slot| slot.phase == Phase::Removing;
+        if self.world.slots.iter().any(removing) {
+            self.world.ledger.count(Tally::CrashMergeRemoving);
+        }
+    }
+
+    /// The last process: a merge that waits for room is let go on, at the cost of
+    /// whom it waits for.
+    pub(super) fn let_merge_end(&mut self) -> Result<(), Violation> {
+        self.resume_merge();
+        self.settle()?;
+        while self.merge_waits() {
+            let full = (0..self.world.slots.len()).find(|&index| self.paused(index) > 0);
+            let Some(index) = full else {
+                return Err(Violation(
+                    "a merge waits for room, and nobody is full".into(),
+                ));
+            };
+            self.set_policy(index, OnFull::Invalidate);
+            self.settle()?;
+        }
+        Ok(())
     }
 }

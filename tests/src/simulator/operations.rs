@@ -240,7 +240,9 @@ impl Session<'_> {
                 "suspending is stuck: nothing is in flight".into(),
             ));
         }
-        if self.pending.is_empty() && self.instants.is_empty() && !self.volume.is_idle() {
+        let merge_waits = self.merge_may_wait() || self.merge_stands_still();
+        let waits = merge_waits || !self.pending.is_empty() || !self.instants.is_empty();
+        if !waits && !self.volume.is_idle() {
             return Err(Violation(
                 "nothing is in flight, yet the volume is not idle".into(),
             ));

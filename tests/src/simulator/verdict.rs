@@ -246,6 +246,9 @@ impl Session<'_> {
                     let slot = &self.world.slots[index];
                     slot.on_full.error && (slot.may_be_full() || slot.hurt)
                 };
+                if p.writes() && p.slot.is_some_and(|index| self.merge_ends_pause(index)) {
+                    return Some(Tally::MergeEndsPause);
+                }
                 let found = match p.slot {
                     Some(index) => refuses(index),
                     // The snapshot that refused may be gone by the time of the answer.
@@ -380,7 +383,7 @@ impl Session<'_> {
         };
         let mut writes = Vec::new();
         let mut torn = 0;
-        let pausing = self.world.slots.iter().any(|slot| slot.on_full.pause);
+        let pausing = self.pauses;
         let window = self.world.plan.window;
         let torn_by_pause = |p: &Pending| pausing && p.cells.len_bytes() > window;
         for (request, p) in &mut self
@@ -465,6 +468,7 @@ impl Session<'_> {
             .pending
             .values()
             .any(|p| p.slot.is_none() && p.writes());
+        let merging = self.world.merged_slot().is_some();
         let World {
             slots,
             ledger,
@@ -491,6 +495,8 @@ impl Session<'_> {
             ledger.count(Tally::InvalidByError);
         } else if origin_writes {
             ledger.count(Tally::InvalidByFull);
+        } else if merging {
+            ledger.count(Tally::MergeSiblingLost);
         }
         slot.phase = Phase::Invalid;
         Ok(())

@@ -50,6 +50,8 @@ pub(super) struct FullPolicy {
     pub(super) invalidate: bool,
     pub(super) pause: bool,
     pub(super) error: bool,
+    /// What it means now.
+    pub(super) current: OnFull,
     /// It may have been full before it was extended.
     pub(super) was_full: bool,
     /// It was said to be full since it was extended last.
@@ -58,6 +60,7 @@ pub(super) struct FullPolicy {
 
 impl FullPolicy {
     pub(super) fn note(&mut self, policy: OnFull) {
+        self.current = policy;
         match policy {
             OnFull::Invalidate => self.invalidate = true,
             OnFull::Pause => self.pause = true,

@@ -223,8 +223,24 @@ impl Volume {
             .chain(snapshot.until_extended)
             .chain(snapshot.until_invalid);
         self.wake(waiting);
+        self.begin_mutations_anew();
         self.events.push_back(Event::MergeBegun(id));
         self.end_merge_begin();
+    }
+
+    /// Mutations of the origin that are not answered come after the rollback. Those
+    /// that wait for room have been written in part, and that part is gone with all
+    /// else: they begin again.
+    fn begin_mutations_anew(&mut self) {
+        let window = self.window;
+        let requests = self.requests.iter_mut().map(|(_, active)| active);
+        for active in requests.filter(|active| active.view == View::Origin) {
+            if let Doing::Mutate(mutation) = &mut active.doing {
+                assert!(!mutation.begun, "what had begun has ended");
+                let first_end = mutation.offset.saturating_add(window);
+                mutation.window = (mutation.offset, mutation.end.min(first_end));
+            }
+        }
     }
 
     /// The snapshot was lost before its merge began.

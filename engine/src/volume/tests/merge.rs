@@ -436,3 +436,34 @@ fn what_lies_behind_the_end_of_a_shorter_snapshot_stays() {
     let expected = [[1; 512], [2; 512], [2; 512], [5; 512]];
     assert_eq!(end, expected.as_flattened());
 }
+
+/// A write that waits for room in the middle is not answered yet: it comes after
+/// the rollback, and then all of it does, not only what is left of it.
+#[test]
+fn a_write_that_waits_for_room_in_the_middle_is_whole_after_a_merge_begins() {
+    let small = (StoreKind::Persistent, 1, 3, 3);
+    let large = (StoreKind::Persistent, 1, 60, 60);
+    for (stores, full) in [([small, large], 0), ([large, small], 1)] {
+        let mut rig = Rig::new(&stores, 1);
+        let full = SnapshotId(full);
+        rig.volume.set_window(512);
+        rig.volume.set_on_full(full, OnFull::Pause);
+        rig.write_bytes(View::Origin, 0, 9, 1024);
+        rig.settle();
+        assert_eq!(rig.told(), [Event::Full(full)]);
+        assert_eq!(rig.devices[0].0[..1024], [[9; 512], [7; 512]].concat());
+        rig.volume.begin_merge(SnapshotId(0)).unwrap();
+        rig.settle();
+        if full == SECOND {
+            rig.devices[2].0.resize(60 * 512, 0);
+            rig.volume.extend_snapshot(full, 60 * 512).unwrap();
+            rig.settle();
+        }
+        assert!(rig.told().contains(&Event::Merged(SnapshotId(0))));
+        assert_eq!(rig.replies.len(), 1);
+        assert!(rig.replies[0].result.is_ok());
+        let mut expected = vec![7; ORIGIN as usize];
+        expected[..1024].fill(9);
+        assert!(rig.read_all(View::Origin).unwrap() == expected);
+    }
+}
