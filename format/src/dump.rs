@@ -23,6 +23,7 @@
 
 use std::fmt;
 
+use crate::area::{Bounds, Exception, Misplaced};
 use crate::header::{Header, VERSION};
 use crate::layout::Slot;
 use crate::runs::Run;
@@ -94,6 +95,82 @@ pub struct Dump {
     pub runs: Vec<Run>,
     /// What lies behind it, in its order.
     pub stale: Vec<Stale>,
+}
+
+/// Why no snapshot can have a store like that of a dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Contradiction {
+    /// A run that points where none can.
+    #[error("'{}': {}", Line::Run(*.run), .why.why())]
+    Misplaced {
+        /// The run.
+        run: Run,
+        /// What is wrong with it.
+        why: Misplaced,
+    },
+    /// Two exceptions for one origin chunk.
+    #[error("'{}' and '{}' have an origin chunk in common", Line::Run(*.first), Line::Run(*.second))]
+    SameOriginChunk {
+        /// One of them.
+        first: Run,
+        /// The other.
+        second: Run,
+    },
+    /// Two exceptions with one place.
+    #[error("'{}' and '{}' have a store chunk in common", Line::Run(*.first), Line::Run(*.second))]
+    SameStoreChunk {
+        /// One of them.
+        first: Run,
+        /// The other.
+        second: Run,
+    },
+    /// Something behind the end of the list.
+    #[error("'{}': an entry behind the end of the list", Line::Stale(*.0))]
+    Stale(Stale),
+}
+
+impl Dump {
+    /// What keeps its store, with a length of `store_bytes`, from being sound; nothing
+    /// if all is well.
+    pub fn contradiction(&self, store_bytes: u64) -> Option<Contradiction> {
+        let bounds = Bounds::new(self.store.header.chunk_size, store_bytes, None);
+        let misplaced = self
+            .runs
+            .iter()
+            .find_map(|&run| Some((run, misplaced(bounds, run)?)));
+        if let Some((run, why)) = misplaced {
+            return Some(Contradiction::Misplaced { run, why });
+        }
+        let mut runs = self.runs.clone();
+        runs.sort_unstable_by_key(|run| run.old);
+        let shared = |pair: &&[Run]| pair[1].old.0 - pair[0].old.0 < pair[0].chunks;
+        if let Some(pair) = runs.windows(2).find(shared) {
+            let (first, second) = (pair[0], pair[1]);
+            return Some(Contradiction::SameOriginChunk { first, second });
+        }
+        runs.sort_unstable_by_key(|run| run.new);
+        let shared = |pair: &&[Run]| pair[1].new.0 - pair[0].new.0 < pair[0].chunks;
+        if let Some(pair) = runs.windows(2).find(shared) {
+            let (first, second) = (pair[0], pair[1]);
+            return Some(Contradiction::SameStoreChunk { first, second });
+        }
+        self.stale.first().copied().map(Contradiction::Stale)
+    }
+}
+
+/// Why not all of a run can be where it points.
+fn misplaced(bounds: Bounds, run: Run) -> Option<Misplaced> {
+    let end = CowChunk(run.new.0.saturating_add(run.chunks));
+    let last = Exception {
+        old: run.old,
+        new: CowChunk(end.0 - 1),
+    };
+    if let Some(why @ Misplaced::OutsideStore) = bounds.misplaced(last) {
+        return Some(why);
+    }
+    let layout = bounds.layout();
+    let data = layout.data_chunks_before(end) - layout.data_chunks_before(run.new);
+    (data != run.chunks).then_some(Misplaced::OnMetadata)
 }
 
 /// Why a text is no dump.
@@ -376,6 +453,52 @@ end
             let error = read(&format!("{store}{line}\nend")).unwrap_err();
             let text = line.to_owned();
             assert_eq!(error, DumpError::NoSuchLine { line: 2, text });
+        }
+    }
+
+    #[test]
+    fn what_no_snapshot_can_have_is_found() {
+        // 32 exceptions an area: chunks 1, 34, 67 are areas.
+        let verdict = |lines: &str| {
+            let text = format!("store version=1 valid=1 chunk_sectors=1 bytes=51200\n{lines}\nend");
+            let dump = read(&text).unwrap();
+            dump.contradiction(dump.store.bytes)
+                .map(|found| found.to_string())
+        };
+        for sound in [
+            "",
+            "run 0 -> 2 x32",
+            "run 9 -> 40\nrun 3 -> 35 x5\nrun 8 -> 41",
+        ] {
+            assert_eq!(verdict(sound), None, "{sound}");
+        }
+        for (lines, found) in [
+            (
+                "run 0 -> 2 x33",
+                "'run 0 -> 2 x33': its data would lie on the store's own metadata: the store is damaged",
+            ),
+            (
+                "run 0 -> 1",
+                "'run 0 -> 1': its data would lie on the store's own metadata: the store is damaged",
+            ),
+            (
+                "run 0 -> 98 x3",
+                "'run 0 -> 98 x3': its data would lie outside the store: the store was cut off, or is damaged",
+            ),
+            (
+                "run 5 -> 2 x4\nrun 8 -> 10",
+                "'run 5 -> 2 x4' and 'run 8 -> 10' have an origin chunk in common",
+            ),
+            (
+                "run 5 -> 10 x4\nrun 80 -> 13",
+                "'run 5 -> 10 x4' and 'run 80 -> 13' have a store chunk in common",
+            ),
+            (
+                "run 5 -> 2\nstale 0/2: 1 -> 3",
+                "'stale 0/2: 1 -> 3': an entry behind the end of the list",
+            ),
+        ] {
+            assert_eq!(verdict(lines).as_deref(), Some(found));
         }
     }
 }
