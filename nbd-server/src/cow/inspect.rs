@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use nbdsnap_engine::Status;
-use nbdsnap_format::runs::clipped;
-use nbdsnap_format::{Exception, ListEnd, Run, Runs, SECTOR_BYTES, Tail};
+use nbdsnap_format::{ListEnd, Run, Runs, SECTOR_BYTES, Tail};
 use serde::Serialize;
 
 use super::open::disk_bytes;
@@ -88,17 +87,13 @@ pub fn run(cow: &Path, origin: Option<&Path>, reading: Reading) -> Result<Inspec
     let (bounds, layout) = (store.bounds(origin_bytes), store.layout());
     let chunk_size = layout.chunk_size();
     let (mut faults, mut highest, mut count) = (0, None, 0);
-    let mut exceptions: Vec<Exception> = Vec::new();
     let end = store.for_each(|_, exception| {
         count += 1;
         highest = highest.max(Some(exception.new));
-        if bounds.misplaced(exception).is_none() {
-            exceptions.push(exception);
-        } else {
-            faults += 1;
-        }
+        faults += u64::from(bounds.misplaced(exception).is_some());
     })?;
     faults += u64::from(!is_good_end(end));
+    let mut exceptions = store.exceptions(Some(bounds))?;
     exceptions.sort_unstable();
 
     let extent = origin_bytes.map_or_else(
@@ -176,7 +171,6 @@ pub fn run(cow: &Path, origin: Option<&Path>, reading: Reading) -> Result<Inspec
             shares: small.shares().collect(),
         },
     };
-    debug_assert!(clipped(&(0..changed_bytes), origin_bytes).end == changed_bytes);
     Ok(Inspected {
         report,
         small,

@@ -10,8 +10,8 @@
 //! - [`target`]: files and stores that are made: the metadata in an order that a power
 //!   cut cannot make a wrong store of.
 //! - [`check`], [`inspect`], [`ranges`], [`picture`], [`dump`] read; [`restore`],
-//!   [`repair`], [`rewrite`] and [`extract`] write what they are told to, and nothing
-//!   else.
+//!   [`repair`], [`rewrite`], [`extract`] and [`merge`] write what they are told to,
+//!   and nothing else.
 //!
 //! Memory: the areas are streamed. Who needs the exceptions in the origin's order
 //! sorts them in an array of 16 bytes each; `check` has 8 for each.
@@ -22,6 +22,7 @@ pub mod dump;
 pub mod error;
 pub mod extract;
 pub mod inspect;
+pub mod merge;
 pub mod open;
 pub mod picture;
 pub mod ranges;

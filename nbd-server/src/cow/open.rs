@@ -119,11 +119,16 @@ impl CowStore {
     }
 
     /// Its exceptions in the order of the list; those that are misplaced are left
-    /// out where `bounds` are given.
+    /// out where `bounds` are given. The list is read twice, so that the array is as
+    /// long as it has to be, and no longer.
     pub fn exceptions(&self, bounds: Option<Bounds>) -> Result<Vec<Exception>, CowError> {
-        let mut all = Vec::new();
+        let wanted = |exception| bounds.is_none_or(|bounds| bounds.misplaced(exception).is_none());
+        let mut count = 0;
+        self.for_each(|_, exception| count += usize::from(wanted(exception)))?;
+        let mut all = Vec::with_capacity(count);
         self.for_each(|_, exception| {
-            if bounds.is_none_or(|bounds| bounds.misplaced(exception).is_none()) {
+            // Read without a lock, there may be more by now.
+            if wanted(exception) && all.len() < count {
                 all.push(exception);
             }
         })?;

@@ -117,7 +117,8 @@ impl Picture {
             title = escaped(title),
             caption = escaped(caption),
         );
-        let every = rows.div_ceil(16).next_power_of_two();
+        // A label is as high as two rows.
+        let every = rows.div_ceil(16).next_power_of_two().max(2);
         for (row, cells) in self.levels(LEVELS).chunks(self.columns).enumerate() {
             let y = TOP + row * CELL;
             if row % every == 0 {

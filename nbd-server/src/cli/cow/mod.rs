@@ -10,6 +10,7 @@ mod dump;
 mod inspect;
 mod make;
 mod map;
+mod merge;
 mod progress;
 mod size;
 
@@ -36,6 +37,7 @@ Examples:
   nbdsnap cow check /dev/vg/snap-cow                   is it sound? status 1 if not
   nbdsnap cow map monday.cow --changed --json          ranges for a backup program
   nbdsnap cow extract monday.cow --origin disk.img -o monday.img
+  nbdsnap cow merge monday.cow --origin disk.img       roll the disk back
   nbdsnap cow repair broken.cow -o saved.cow --origin disk.img
 
 Of an LVM snapshot the store is the hidden volume SNAP-cow, in /dev/mapper while the
@@ -56,6 +58,7 @@ enum CowVerb {
     Create(make::CreateArgs),
     Size(size::SizeArgs),
     Extract(make::ExtractArgs),
+    Merge(merge::MergeArgs),
     Repair(make::RepairArgs),
     Shrink(make::ResizeArgs),
     Grow(make::GrowArgs),
@@ -74,6 +77,7 @@ pub(super) fn run(args: CowArgs, quiet: bool) -> Result<(), Failure> {
         CowVerb::Create(args) => make::create(&args, quiet),
         CowVerb::Size(args) => size::run(&args),
         CowVerb::Extract(args) => make::extract(&args, quiet),
+        CowVerb::Merge(args) => merge::run(&args, quiet),
         CowVerb::Repair(args) => make::repair(&args, quiet),
         CowVerb::Shrink(args) => make::shrink(&args, quiet),
         CowVerb::Grow(args) => make::grow(&args, quiet),
