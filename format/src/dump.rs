@@ -27,7 +27,7 @@ use crate::area::{Bounds, Exception, Misplaced};
 use crate::header::{Header, VERSION};
 use crate::layout::Slot;
 use crate::runs::Run;
-use crate::units::{ChunkSize, ChunkSizeError, CowChunk, OriginChunk};
+use crate::units::{ChunkSize, ChunkSizeError, CowChunk};
 
 /// What a dump says of the store as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -338,15 +338,7 @@ fn parse_run(text: &str) -> Option<Run> {
         "" => 1,
         _ => rest.strip_prefix('x')?.parse().ok()?,
     };
-    // The entry of store chunk 0 would end the list.
-    let in_range = new > 0 && chunks > 0;
-    (in_range && old.checked_add(chunks).is_some() && new.checked_add(chunks).is_some()).then_some(
-        Run {
-            old: OriginChunk(old),
-            new: CowChunk(new),
-            chunks,
-        },
-    )
+    Run::from_numbers(old, new, chunks)
 }
 
 fn parse_stale(text: &str) -> Option<Stale> {
@@ -370,6 +362,15 @@ mod tests {
             reader.push(line)?;
         }
         reader.finish()
+    }
+
+    #[test]
+    fn the_largest_numbers_are_read() {
+        let store = "store version=1 valid=1 chunk_sectors=8 bytes=4096";
+        let run = format!("run {0} -> {0}", u64::MAX);
+        let dump = read(&format!("{store}\n{run}\nend")).unwrap();
+        assert_eq!(Line::Run(dump.runs[0]).to_string(), run);
+        assert!(dump.contradiction(4096).is_some());
     }
 
     const TEXT: &str = "\

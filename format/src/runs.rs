@@ -30,6 +30,18 @@ impl Run {
         }
     }
 
+    /// A run of these numbers, if there is one: its last chunks have numbers too, and
+    /// no data lies at store chunk 0, whose entry would end the list.
+    pub fn from_numbers(old: u64, new: u64, chunks: u64) -> Option<Self> {
+        let more = chunks.checked_sub(1)?;
+        let fits = new > 0 && old.checked_add(more).is_some() && new.checked_add(more).is_some();
+        fits.then_some(Self {
+            old: OriginChunk(old),
+            new: CowChunk(new),
+            chunks,
+        })
+    }
+
     /// Whether `exception` is the next of this run.
     pub fn continues_with(self, exception: Exception) -> bool {
         self.old.0.checked_add(self.chunks) == Some(exception.old.0)

@@ -77,14 +77,14 @@ fn disk_with_two_snapshots(folder: &Path, random: &mut Random) -> [Vec<u8>; 2] {
     let mut serve = Serve::on_socket_in(folder);
     serve
         .disk("disk", &disk)
-        .snapshot("disk@first", &folder.join("first"), "chunk=4K");
+        .snapshot("disk@first", &folder.join("first"), ",chunk=4K");
     let server = serve.start();
     let mut session = Session::open(&server.address(), "disk").expect("a connection");
     scatter(random, &mut session, &mut model);
     drop(session);
     server.stop();
     let second = model.clone();
-    serve.snapshot("disk@second", &folder.join("second"), "chunk=16K");
+    serve.snapshot("disk@second", &folder.join("second"), ",chunk=16K");
     let server = serve.start();
     let mut session = Session::open(&server.address(), "disk").expect("a connection");
     scatter(random, &mut session, &mut model);

@@ -84,7 +84,7 @@ fn damages() -> Vec<Damage> {
     };
     let full_and_junk = {
         let mut bytes = full_store(300);
-        put_entry(&mut bytes, 1, 0, 77, 1 << 40);
+        put_entry(&mut bytes, 1, 0, 290, 1 << 40);
         bytes
     };
     let damage = |what, bytes, code, kernel, lost, with| Damage {
@@ -252,7 +252,7 @@ fn each_kind_of_damage_is_found_and_mended_or_lost() {
         std::fs::write(folder.join("cow"), &damage.bytes).expect("writable");
         // 40 chunks; the archives with a full area have a larger one.
         let chunks = if damage.bytes.len() > 100 * CHUNK {
-            256
+            300
         } else {
             40
         };

@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 
 use nbdsnap_format::dump::{Dump, Line, Stale, StoreLine};
 use nbdsnap_format::header::VERSION;
-use nbdsnap_format::{ChunkSize, CowChunk, Header, OriginChunk, Run, Slot};
+use nbdsnap_format::{ChunkSize, Header, Run, Slot};
 use serde::{Deserialize, Serialize};
 
 use super::Writer;
@@ -114,16 +114,8 @@ impl TryFrom<RunFields> for Run {
     type Error = String;
 
     fn try_from(RunFields { old, new, chunks }: RunFields) -> Result<Self, String> {
-        let fits = new > 0
-            && chunks > 0
-            && old.checked_add(chunks).is_some()
-            && new.checked_add(chunks).is_some();
-        fits.then_some(Self {
-            old: OriginChunk(old),
-            new: CowChunk(new),
-            chunks,
-        })
-        .ok_or_else(|| format!("a run of {chunks} chunks from {old} -> {new}: there is none"))
+        Self::from_numbers(old, new, chunks)
+            .ok_or_else(|| format!("a run of {chunks} chunks from {old} -> {new}: there is none"))
     }
 }
 
