@@ -8,7 +8,7 @@ use std::process::Command;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
 use super::CowError;
-use super::target::{Target, is_zero};
+use super::target::{Sink, Target, is_zero};
 use super::view::{Piece, Source, View};
 
 /// Read and written at a time.
@@ -16,6 +16,9 @@ const PIECE: u64 = 1 << 20;
 
 /// Zeros of at least this length, at multiples of it, become holes.
 const HOLE: usize = 64 << 10;
+
+/// A block is looked at as a whole only if it begins with so many zeros.
+const SAMPLE: usize = 512;
 
 /// Write the snapshot to a new file at `path`, or to the block device there. Holes of
 /// the origin, and zeros, are holes of a file.
@@ -26,16 +29,21 @@ pub fn to_file(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), CowError> {
     let target = Target::create(path, view.bytes(), force)?;
-    let is_new = target.is_new();
-    for_each_piece(view, is_new, &mut |offset, bytes| {
-        if is_new {
-            write_sparse(&target, offset, bytes)?;
-        } else {
-            target.write_all(offset, bytes)?;
+    prepare(view);
+    if target.is_new() {
+        let mut copier = Copier::new(view, &target);
+        for piece in view.pieces(0..view.bytes()) {
+            for part in parts_with_data(view, &piece) {
+                copier.copy(&part)?;
+                progress(part.range.end);
+            }
         }
-        progress(offset + bytes.len() as u64);
-        Ok(())
-    })?;
+    } else {
+        for_each_piece(view, &mut |offset, bytes| {
+            progress(offset + bytes.len() as u64);
+            target.write_all(offset, bytes)
+        })?;
+    }
     target.finish()
 }
 
@@ -45,7 +53,8 @@ pub fn to_stream(
     out: &mut impl Write,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), CowError> {
-    for_each_piece(view, false, &mut |offset, bytes| {
+    prepare(view);
+    for_each_piece(view, &mut |offset, bytes| {
         out.write_all(bytes).map_err(CowError::output)?;
         progress(offset + bytes.len() as u64);
         Ok(())
@@ -98,62 +107,38 @@ impl Drop for Gone {
     }
 }
 
-/// Hand out the snapshot in pieces, in their order. Holes of the origin may be left
-/// out.
-fn for_each_piece(
-    view: &View,
-    skip_holes: bool,
-    each: &mut dyn FnMut(u64, &[u8]) -> Result<(), CowError>,
-) -> Result<(), CowError> {
-    // Both are read from their start to their end, more or less.
-    let _ = fadvise(&view.origin().file, 0, None, Advice::Sequential);
-    let _ = fadvise(&view.store().disk.file, 0, None, Advice::Normal);
+/// Both are read from their start to their end, more or less.
+fn prepare(view: &View) {
+    for disk in [view.origin(), &view.store().disk] {
+        let _ = fadvise(&disk.file, 0, None, Advice::Sequential);
+    }
+}
+
+/// Hand out all of the snapshot in pieces, in their order.
+fn for_each_piece(view: &View, each: Sink<'_>) -> Result<(), CowError> {
     let mut buffer = vec![0; PIECE as usize];
-    let mut hand_out = |range: Range<u64>| -> Result<(), CowError> {
-        let mut at = range.start;
-        while at < range.end {
-            // Up to the next multiple, so that holes are where they can be.
-            let end = ((at / PIECE + 1) * PIECE).min(range.end);
-            let piece = &mut buffer[..(end - at) as usize];
-            view.read(at, piece)?;
-            each(at, piece)?;
-            at = end;
-        }
-        Ok(())
-    };
-    if !skip_holes {
-        return hand_out(0..view.bytes());
+    let mut at = 0;
+    while at < view.bytes() {
+        let piece = &mut buffer[..PIECE.min(view.bytes() - at) as usize];
+        view.read(at, piece)?;
+        each(at, piece)?;
+        at += piece.len() as u64;
     }
-    // What lies in one piece on either device is handed out together, except for
-    // holes that are worth leaving out.
-    let mut pending = 0..0;
-    for Piece { range, source } in view.pieces(0..view.bytes()) {
-        for part in parts_with_data(view, &range, source) {
-            if part.start - pending.end >= HOLE as u64 {
-                hand_out(pending.clone())?;
-                pending.start = part.start;
-            }
-            pending.end = part.end;
-        }
-    }
-    hand_out(pending)
+    Ok(())
 }
 
 /// The parts of a piece that are no hole of the origin.
-fn parts_with_data(
-    view: &View,
-    range: &Range<u64>,
-    source: Source,
-) -> impl Iterator<Item = Range<u64>> {
+fn parts_with_data(view: &View, piece: &Piece) -> impl Iterator<Item = Piece> {
     let file = &view.origin().file;
-    let end = range.end;
-    let mut at = range.start;
+    let (source, end) = (piece.source, piece.range.end);
+    let mut at = piece.range.start;
     std::iter::from_fn(move || {
         if at >= end {
             return None;
         }
         if matches!(source, Source::Cow(_)) {
-            return Some(std::mem::replace(&mut at, end)..end);
+            let range = std::mem::replace(&mut at, end)..end;
+            return Some(Piece { range, source });
         }
         // Where a file system cannot tell, all is data; NXIO is a hole to the end.
         let data = match seek(file, SeekFrom::Data(at)) {
@@ -167,24 +152,74 @@ fn parts_with_data(
         }
         let hole = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
         at = hole.max(data + 1);
-        Some(data..at)
+        let range = data..at;
+        Some(Piece { range, source })
     })
 }
 
-/// Write to a new file what is not zeros, in pieces that can be holes.
-fn write_sparse(target: &Target, offset: u64, bytes: &[u8]) -> Result<(), CowError> {
-    let mut from = 0;
-    for (n, block) in bytes.chunks(HOLE).enumerate() {
-        if is_zero(block) {
-            let at = n * HOLE;
-            if at > from {
-                target.write_all(offset + from as u64, &bytes[from..at])?;
-            }
-            from = at + block.len();
+/// Copies parts of a snapshot to a new file. The kernel copies them, except for blocks
+/// that begin with zeros: those are looked at, and may become holes.
+struct Copier<'a> {
+    view: &'a View,
+    target: &'a Target,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Copier<'a> {
+    fn new(view: &'a View, target: &'a Target) -> Self {
+        Self {
+            view,
+            target,
+            buffer: vec![0; HOLE],
         }
     }
-    if from < bytes.len() {
-        target.write_all(offset + from as u64, &bytes[from..])?;
+
+    fn copy(&mut self, part: &Piece) -> Result<(), CowError> {
+        let end = part.range.end;
+        let (mut from, mut at) = (part.range.start, part.range.start);
+        while at < end {
+            let block = at..((at / HOLE as u64 + 1) * HOLE as u64).min(end);
+            if self.is_zero(&block)? {
+                self.copy_data(part, from..at)?;
+                from = block.end;
+            }
+            at = block.end;
+        }
+        self.copy_data(part, from..end)
     }
-    Ok(())
+
+    fn is_zero(&mut self, block: &Range<u64>) -> Result<bool, CowError> {
+        let len = (block.end - block.start) as usize;
+        let sample = len.min(SAMPLE);
+        self.view.read(block.start, &mut self.buffer[..sample])?;
+        if !is_zero(&self.buffer[..sample]) {
+            return Ok(false);
+        }
+        self.view.read(block.start, &mut self.buffer[..len])?;
+        Ok(is_zero(&self.buffer[..len]))
+    }
+
+    /// Copy a range of `part`, whatever is in it.
+    fn copy_data(&mut self, part: &Piece, range: Range<u64>) -> Result<(), CowError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (disk, start) = match part.source {
+            Source::Origin => (self.view.origin(), range.start),
+            Source::Cow(at) => (
+                &self.view.store().disk,
+                at + (range.start - part.range.start),
+            ),
+        };
+        let len = range.end - range.start;
+        let mut at = range.start + self.target.copy_from(disk, start, range.start, len);
+        // The kernel does not copy between any two file systems, nor from devices.
+        while at < range.end {
+            let piece = &mut self.buffer[..(HOLE as u64).min(range.end - at) as usize];
+            self.view.read(at, piece)?;
+            self.target.write_all(at, piece)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
 }

@@ -93,10 +93,10 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
 fn name_of(cow: &Path, list: &Attached) -> String {
     match list.find(&settled(cow)) {
         Some(listed) => listed.snapshot.clone(),
-        None => (1..)
+        None => (0..=list.stores.len())
             .map(|n| format!("merge{n}"))
             .find(|name| list.stores.iter().all(|one| one.snapshot != *name))
-            .expect("there is always another number"),
+            .expect("more names than stores"),
     }
 }
 
@@ -237,6 +237,7 @@ fn settle(keeper: &mut Keeper<SystemFiles>, next: State) -> Result<(), CowError>
     keeper.finish(change).map_err(records)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "handed to map_err")]
 fn records(error: StateError) -> CowError {
     CowError::Program {
         program: "records",

@@ -143,31 +143,9 @@ impl Picture {
                 x += same.len() * CELL;
             }
         }
-        self.svg_legend(&mut svg, LEFT, legend);
+        svg_legend(&mut svg, LEFT, legend);
         svg.push_str("</svg>\n");
         svg
-    }
-
-    fn svg_legend(&self, svg: &mut String, left: usize, y: usize) {
-        let mut x = left;
-        for (level, colour) in COLOURS.iter().enumerate() {
-            let words = match level {
-                0 => "unchanged",
-                LEVELS => "all changed",
-                _ => "",
-            };
-            let _ = writeln!(
-                svg,
-                "<rect x=\"{x}\" y=\"{}\" width=\"11\" height=\"11\" fill=\"{}\"/>",
-                y - 10,
-                hex(*colour)
-            );
-            x += 14;
-            if !words.is_empty() {
-                let _ = writeln!(svg, "<text x=\"{}\" y=\"{y}\">{words}</text>", x + 2);
-                x += 76;
-            }
-        }
     }
 
     /// As a PNG: only the cells, with `caption` as its description.
@@ -196,6 +174,28 @@ impl Picture {
         writer.write_image_data(&pixels)?;
         writer.finish()?;
         Ok(bytes)
+    }
+}
+
+fn svg_legend(svg: &mut String, left: usize, y: usize) {
+    let mut x = left;
+    for (level, colour) in COLOURS.iter().enumerate() {
+        let words = match level {
+            0 => "unchanged",
+            LEVELS => "all changed",
+            _ => "",
+        };
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{x}\" y=\"{}\" width=\"11\" height=\"11\" fill=\"{}\"/>",
+            y - 10,
+            hex(*colour)
+        );
+        x += 14;
+        if !words.is_empty() {
+            let _ = writeln!(svg, "<text x=\"{}\" y=\"{y}\">{words}</text>", x + 2);
+            x += 76;
+        }
     }
 }
 

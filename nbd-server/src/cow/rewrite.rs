@@ -8,7 +8,7 @@ use nbdsnap_format::runs::{clipped, joined};
 use nbdsnap_format::{ChunkSize, Exception, Header, Layout, OriginChunk};
 
 use super::open::open_disk;
-use super::target::Target;
+use super::target::{Sink, Target};
 use super::view::View;
 use super::{CowError, CowStore, Reading};
 
@@ -135,7 +135,7 @@ fn copy_chunk(
     chunk_size: ChunkSize,
     chunk: OriginChunk,
     buffer: &mut [u8],
-    write: &mut dyn FnMut(u64, &[u8]) -> Result<(), CowError>,
+    write: Sink<'_>,
 ) -> Result<(), CowError> {
     let start = chunk_size.origin_offset(chunk);
     let mut done = 0;

@@ -16,6 +16,9 @@ use super::CowError;
 use crate::disks::{Contents, Opening, Refusal, contents, existing, sync_folder_of};
 use crate::server::setup::OpenDisk;
 
+/// What takes the bytes that belong at an offset.
+pub(super) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), CowError>;
+
 /// What the name of a file ends with until it is whole.
 const UNFINISHED: &str = ".unfinished";
 
@@ -137,6 +140,28 @@ impl Target {
             .file
             .write_all_at(bytes, offset)
             .map_err(CowError::io(&self.disk.path, "writing", offset))
+    }
+
+    /// Have the kernel copy `len` bytes of `from`, without a way through this process.
+    /// Answers how many it copied: fewer, or none, where it cannot.
+    pub fn copy_from(&self, from: &OpenDisk, from_offset: u64, offset: u64, len: u64) -> u64 {
+        let mut done = 0;
+        while done < len {
+            let (mut source, mut goal) = (from_offset + done, offset + done);
+            let most = usize::try_from(len - done).unwrap_or(usize::MAX);
+            let copied = rustix::fs::copy_file_range(
+                &from.file,
+                Some(&mut source),
+                &self.disk.file,
+                Some(&mut goal),
+                most,
+            );
+            match copied {
+                Ok(0) | Err(_) => break,
+                Ok(copied) => done += copied as u64,
+            }
+        }
+        done
     }
 
     /// Have what was written be durable.

@@ -96,6 +96,7 @@ fn text(report: &CheckReport) -> String {
         );
     }
     match notes.needless_copies {
+        Some(0) if report.exceptions == 0 => {}
         Some(0) => text.push_str("note: every copy differs from what the disk holds\n"),
         Some(count) => {
             let _ = writeln!(

@@ -1,5 +1,6 @@
 //! `nbdsnap cow inspect`.
 
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueHint};
@@ -130,10 +131,8 @@ fn text(report: &InspectReport, picture: &Picture) -> String {
         ("runs", report.runs.to_string()),
     ]));
     if report.faults > 0 {
-        text.push_str(&format!(
-            "  {} found: 'nbdsnap cow check' says more\n",
-            counted(report.faults, "fault", "faults")
-        ));
+        let faults = counted(report.faults, "fault", "faults");
+        let _ = writeln!(text, "  {faults} found: 'nbdsnap cow check' says more");
     }
     if report.exceptions == 0 {
         return text;
@@ -153,10 +152,11 @@ fn text(report: &InspectReport, picture: &Picture) -> String {
     text.push_str("\nThe longest runs\n\n");
     let head = ["ORIGIN OFFSET", "STORE OFFSET", "LENGTH", "CHUNKS"];
     text.push_str(&table(&head, &rows));
-    text.push_str(&format!(
-        "\nWhere the changes lie: a character is {} of the origin, from · (nothing) to █ (all of it)\n\n",
+    let _ = writeln!(
+        text,
+        "\nWhere the changes lie: a character is {} of the origin, from · (nothing) to █ (all of it)\n",
         sizes::show(picture.cell_bytes())
-    ));
+    );
     text.push_str(&picture.text(label));
     text
 }

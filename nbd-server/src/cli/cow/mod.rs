@@ -84,11 +84,11 @@ pub(super) fn run(args: CowArgs, quiet: bool) -> Result<(), Failure> {
         CowVerb::Convert(args) => make::convert(&args, quiet),
     };
     match ended {
-        Err(Ended::Cow(CowError::OutputClosed)) => Ok(()),
+        // Whoever reads the answer has enough of it.
+        Ok(()) | Err(Ended::Cow(CowError::OutputClosed)) => Ok(()),
         Err(Ended::Cow(CowError::Senseless(message))) => Err(Failure::Usage(message)),
         Err(Ended::Cow(error)) => Err(Failure::refused(error)),
         Err(Ended::Failure(failure)) => Err(failure),
-        Ok(()) => Ok(()),
     }
 }
 
