@@ -113,6 +113,18 @@ pub enum CowError {
     /// Two files that have to be two are one.
     #[error("{}: is both the store and the disk", shown(.0))]
     Same(PathBuf),
+    /// Another store is being merged into the disk.
+    #[error(
+        "{}: another store is being merged into it, {}: go on with that one first",
+        shown(disk),
+        shown(other)
+    )]
+    Merging {
+        /// The disk.
+        disk: PathBuf,
+        /// The other store.
+        other: PathBuf,
+    },
     /// Another program did not do its part.
     #[error("{program}: {error}")]
     Program {

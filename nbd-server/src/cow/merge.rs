@@ -111,11 +111,10 @@ fn plan(
     let ours = settled(wanted.cow);
     let mut other = list.stores.iter().filter(|one| one.cow != ours);
     if let Some(other) = other.find(|one| one.mark == Mark::Merging) {
-        return Err(CowError::Senseless(format!(
-            "{}: another store is being merged into it, {}: go on with that one first",
-            disks::shown(wanted.origin),
-            disks::shown(&other.cow)
-        )));
+        return Err(CowError::Merging {
+            disk: wanted.origin.to_owned(),
+            other: other.cow.clone(),
+        });
     }
     let given_up: Vec<PathBuf> = wanted.without.iter().map(|path| settled(path)).collect();
     let siblings = list

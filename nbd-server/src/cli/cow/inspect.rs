@@ -54,7 +54,10 @@ pub(super) fn run(args: &InspectArgs, quiet: bool) -> Result<(), Ended> {
     if let Some(path) = &args.png {
         let bytes = large
             .png(&caption(&report, &large))
-            .map_err(|error| CowError::Senseless(error.to_string()))?;
+            .map_err(|error| CowError::Program {
+                program: "PNG",
+                error: error.to_string(),
+            })?;
         write(path, &bytes)?;
     }
     if args.printing.json {

@@ -143,7 +143,7 @@ pub(super) struct RepairArgs {
     #[arg(short, long, value_name = "NEW", value_hint = ValueHint::FilePath, required_unless_present = "in_place")]
     output: Option<PathBuf>,
     /// Mend the store itself. Its metadata as they were are kept beside it, as
-    /// COW.before-repair.
+    /// COW.before-repair; those of a block device in the working folder.
     #[arg(long, conflicts_with_all = ["output", "force"])]
     in_place: bool,
     /// The disk, for its size: exceptions outside it are left out.
