@@ -14,9 +14,8 @@ use proptest::prelude::*;
 struct Image(Vec<u8>);
 
 impl Image {
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), BuildError> {
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
         self.0[offset as usize..][..bytes.len()].copy_from_slice(bytes);
-        Ok(())
     }
 
     fn list(&self, size: ChunkSize) -> (Vec<Exception>, ListEnd) {
@@ -52,7 +51,10 @@ fn build(
     let bytes = chunks * size.bytes();
     let mut image = Image(vec![0xa5; bytes as usize]);
     let mut builder = AreaBuilder::new(size, bytes);
-    let mut write = |offset: u64, bytes: &[u8]| image.write(offset, bytes);
+    let mut write = |offset: u64, bytes: &[u8]| {
+        image.write(offset, bytes);
+        Ok::<_, BuildError>(())
+    };
     for exception in list {
         builder.push(*exception, &mut write)?;
     }

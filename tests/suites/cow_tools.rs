@@ -232,7 +232,7 @@ fn damages() -> Vec<Damage> {
             full_and_junk,
             "outside-store",
             "fails",
-            Some(&[77]),
+            Some(&[290]),
             "",
         ),
     ]

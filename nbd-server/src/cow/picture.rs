@@ -67,6 +67,11 @@ impl Picture {
         self.cell_chunks.saturating_mul(self.chunk_size.bytes())
     }
 
+    /// Where a row begins, in bytes.
+    fn row_offset(&self, row: usize) -> u64 {
+        ((row * self.columns) as u64).saturating_mul(self.cell_bytes())
+    }
+
     /// Of each cell the share that has changed, from 0 to 1.
     pub fn shares(&self) -> impl Iterator<Item = f64> + '_ {
         self.changed.iter().enumerate().map(|(n, changed)| {
@@ -90,7 +95,7 @@ impl Picture {
         const SHADES: [char; 5] = ['·', '░', '▒', '▓', '█'];
         let mut text = String::new();
         for (row, cells) in self.levels(4).chunks(self.columns).enumerate() {
-            let offset = (row * self.columns) as u64 * self.cell_bytes();
+            let offset = self.row_offset(row);
             let drawn: String = cells.iter().map(|level| SHADES[*level]).collect();
             let _ = writeln!(text, "{:>10}  {drawn}", label(offset));
         }
@@ -122,7 +127,7 @@ impl Picture {
         for (row, cells) in self.levels(LEVELS).chunks(self.columns).enumerate() {
             let y = TOP + row * CELL;
             if row % every == 0 {
-                let offset = (row * self.columns) as u64 * self.cell_bytes();
+                let offset = self.row_offset(row);
                 let _ = writeln!(
                     svg,
                     "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>",
@@ -251,6 +256,8 @@ mod tests {
                     .svg("a<b", "&", |_| String::new())
                     .contains("a&lt;b")
             );
+            // The last rows begin where no byte is.
+            assert!(!picture.text(|offset| offset.to_string()).is_empty());
             assert!(picture.png("").unwrap().starts_with(b"\x89PNG"));
         }
         let nothing = Picture::new(ChunkSize::MIN, 0, 64, 16);
