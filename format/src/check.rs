@@ -2,15 +2,16 @@
 //! function that the caller brings, and answers with [`Findings`]. The crash
 //! tests call it after every crash; the offline tools print what it says.
 //!
-//! It keeps at most 1 MiB of the store in memory at a time, and 24 bytes for
-//! each exception, to find those that contradict each other.
+//! It keeps at most 1 MiB of the store in memory at a time, and 8 bytes for each
+//! exception, to find those that contradict each other: the chunks alone are
+//! sorted, and the list is read once more only where two are the same.
 
 use std::fmt;
 
 use crate::area::{Bounds, Exception, Misplaced, Tail};
 use crate::header::{Found, HEADER_BYTES, Header, HeaderError};
 use crate::layout::{Layout, Slot};
-use crate::list::{ListEnd, ListReader, MAX_READ_BYTES};
+use crate::list::{ListEnd, read_list};
 use crate::units::{ChunkSize, CowChunk, OriginChunk, SECTOR_BYTES};
 
 /// One thing that is wrong with a store.
@@ -87,6 +88,110 @@ impl Finding {
     pub const fn is_mended_by_opening(&self) -> bool {
         matches!(self, Self::Torn { .. })
     }
+
+    /// A short name that stays, for programs.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::NoStore => "no-store",
+            Self::Header(HeaderError::TooShort { .. }) => "header-too-short",
+            Self::Header(HeaderError::WrongMagic { .. }) => "wrong-magic",
+            Self::Header(HeaderError::WrongVersion { .. }) => "wrong-version",
+            Self::Header(HeaderError::ImpossibleChunkSize { .. }) => "impossible-chunk-size",
+            Self::Truncated { .. } => "truncated",
+            Self::Misplaced { why, .. } => match why {
+                Misplaced::OutsideStore => "outside-store",
+                Misplaced::OnMetadata => "on-metadata",
+                Misplaced::OutsideOrigin => "outside-origin",
+            },
+            Self::SameOriginChunk { .. } => "same-origin-chunk",
+            Self::SameStoreChunk { .. } => "same-store-chunk",
+            Self::Torn { .. } => "torn",
+            Self::Corrupt { .. } => "corrupt",
+            Self::NoNextArea { .. } => "no-next-area",
+        }
+    }
+
+    /// The slot that it is about, if it is about one; of two the later.
+    pub const fn slot(&self) -> Option<Slot> {
+        match self {
+            Self::Misplaced { at, .. } | Self::Corrupt { at } => Some(*at),
+            Self::SameOriginChunk { second, .. } | Self::SameStoreChunk { second, .. } => {
+                Some(*second)
+            }
+            Self::Torn { end, from_entry } => Some(Slot {
+                area: end.area,
+                index: *from_entry,
+            }),
+            Self::NoStore | Self::Header(_) | Self::Truncated { .. } | Self::NoNextArea { .. } => {
+                None
+            }
+        }
+    }
+
+    /// What the kernel's dm-snapshot does with such a store.
+    pub const fn kernel(&self) -> Kernel {
+        match self {
+            Self::NoStore => Kernel::Formats,
+            Self::Header(_) | Self::Truncated { .. } | Self::NoNextArea { .. } => Kernel::Rejects,
+            // It looks at no chunk number when it loads a store.
+            Self::Misplaced { why, .. } => match why {
+                Misplaced::OutsideStore | Misplaced::OutsideOrigin => Kernel::Fails,
+                Misplaced::OnMetadata => Kernel::Misreads,
+            },
+            Self::SameOriginChunk { .. } | Self::SameStoreChunk { .. } | Self::Corrupt { .. } => {
+                Kernel::Misreads
+            }
+            Self::Torn { .. } => Kernel::MisreadsLater,
+        }
+    }
+}
+
+/// What Linux's dm-snapshot does with a store that has a fault, if it is given to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kernel {
+    /// It loads it, and reads what was meant.
+    Accepts,
+    /// It takes it for a device that was never used and makes an empty store of it.
+    Formats,
+    /// It refuses to load it.
+    Rejects,
+    /// It loads it; what needs the faulty exception ends with an I/O error: reading
+    /// it, merging it, or the next allocation, which makes the snapshot invalid.
+    Fails,
+    /// It loads it, reads it as it is meant, and goes wrong without a word once more
+    /// is written to it.
+    MisreadsLater,
+    /// It loads it and shows wrong data without a word.
+    Misreads,
+}
+
+impl Kernel {
+    /// A short name that stays, for programs.
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::Accepts => "accepts",
+            Self::Formats => "formats",
+            Self::Rejects => "rejects",
+            Self::Fails => "fails",
+            Self::MisreadsLater => "misreads-later",
+            Self::Misreads => "misreads",
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Accepts => "the kernel accepts it",
+            Self::Formats => "the kernel makes an empty store of it without asking",
+            Self::Rejects => "the kernel rejects it",
+            Self::Fails => "the kernel accepts it, and fails with an I/O error where it needs this",
+            Self::MisreadsLater => {
+                "the kernel accepts it, and shows wrong data, silently, once more is written to it"
+            }
+            Self::Misreads => "the kernel accepts it, and reads it wrongly, silently",
+        })
+    }
 }
 
 impl fmt::Display for Finding {
@@ -144,6 +249,12 @@ pub struct Findings {
     pub exceptions: u64,
     /// The data chunk that would be handed out next.
     pub next_free: CowChunk,
+    /// Data chunks before the last one in use that no exception points to. They are
+    /// never handed out again: a merge or a power cut left them, and they are no
+    /// fault.
+    pub unreferenced: u64,
+    /// How the list of exceptions ended; none where it was not read.
+    pub end: Option<ListEnd>,
     /// What is wrong, the first [`Findings::LIMIT`].
     pub list: Vec<Finding>,
     /// How many more things are wrong.
@@ -170,6 +281,8 @@ impl Findings {
             header: None,
             exceptions: 0,
             next_free: CowChunk(2),
+            unreferenced: 0,
+            end: None,
             list: Vec::new(),
             left_out: 0,
         }
@@ -199,8 +312,13 @@ pub fn check<E>(
         findings.header = Some(header);
         if header.valid {
             let bounds = Bounds::new(header.chunk_size, store_bytes, origin_bytes);
-            let exceptions = check_list(&mut read, bounds, store_bytes, &mut findings)?;
-            find_contradictions(bounds.layout(), &exceptions, &mut findings);
+            let mut scan = Scan {
+                read: &mut read,
+                bounds,
+                findings: &mut findings,
+                chunks: Vec::new(),
+            };
+            scan.list(store_bytes)?;
         }
     }
     Ok(findings)
@@ -223,36 +341,137 @@ fn check_header<E>(
     Ok(None)
 }
 
-/// All exceptions, in their order, each judged by itself; and the end of their
-/// list.
-fn check_list<E>(
-    read: &mut impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+/// The look at a list.
+struct Scan<'a, R> {
+    read: &'a mut R,
     bounds: Bounds,
-    store_bytes: u64,
-    findings: &mut Findings,
-) -> Result<Vec<Exception>, E> {
-    let layout = bounds.layout();
-    let mut exceptions: Vec<Exception> = Vec::new();
-    let mut buffer = vec![0; layout.chunk_size().bytes().min(MAX_READ_BYTES) as usize];
-    let mut list = ListReader::new(bounds);
-    while let Some(wanted) = list.poll_read() {
-        let piece = &mut buffer[..wanted.len];
-        read(wanted.offset, piece)?;
-        for exception in list.handle_read(piece) {
-            if let Some(why) = bounds.misplaced(exception) {
-                let at = layout.slot(exceptions.len() as u64);
-                findings.add(Finding::Misplaced { at, exception, why });
+    findings: &'a mut Findings,
+    /// Of every exception one chunk, of the origin or of the store.
+    chunks: Vec<u64>,
+}
+
+/// Two exceptions, by their numbers, that share a chunk.
+struct Pair {
+    chunk: u64,
+    first: u64,
+    second: u64,
+}
+
+impl<E, R: FnMut(u64, &mut [u8]) -> Result<(), E>> Scan<'_, R> {
+    /// All exceptions, each judged by itself; the end of their list; and then those
+    /// that contradict each other.
+    fn list(&mut self, store_bytes: u64) -> Result<(), E> {
+        let (bounds, layout) = (self.bounds, self.bounds.layout());
+        let mut highest = None;
+        // The highest in the store; and whether they all ascend, as they do in
+        // every store but one that was merged or damaged.
+        let (mut highest_there, mut placed, mut ascending) = (None, 0, true);
+        let end = read_list(bounds, self.read, |n, exception| {
+            let why = bounds.misplaced(exception);
+            if let Some(why) = why {
+                let at = layout.slot(n);
+                self.findings.add(Finding::Misplaced { at, exception, why });
             }
-            exceptions.push(exception);
+            if !matches!(why, Some(Misplaced::OutsideStore | Misplaced::OnMetadata)) {
+                highest_there = highest_there.max(Some(exception.new));
+                placed += 1;
+            }
+            ascending &= highest.is_none_or(|before| before < exception.new);
+            highest = highest.max(Some(exception.new));
+            self.findings.exceptions = n + 1;
+            self.chunks.push(exception.old.0);
+        })?;
+        self.findings.next_free = layout.next_free(highest);
+        self.findings.end = Some(end);
+        if let Some(finding) = judge_end(end, layout.chunk_size(), store_bytes) {
+            self.findings.add(finding);
         }
+        for Pair {
+            chunk,
+            first,
+            second,
+        } in self.shared(|exception| exception.old.0)?
+        {
+            self.findings.add(Finding::SameOriginChunk {
+                old: OriginChunk(chunk),
+                first: layout.slot(first),
+                second: layout.slot(second),
+            });
+        }
+        let mut twice = 0;
+        if !ascending {
+            self.chunks.clear();
+            read_list(bounds, self.read, |_, e| self.chunks.push(e.new.0))?;
+            let left_out = self.findings.left_out;
+            let pairs = self.shared(|exception| exception.new.0)?;
+            twice = pairs.len() as u64 + (self.findings.left_out - left_out);
+            for Pair {
+                chunk,
+                first,
+                second,
+            } in pairs
+            {
+                self.findings.add(Finding::SameStoreChunk {
+                    new: CowChunk(chunk),
+                    first: layout.slot(first),
+                    second: layout.slot(second),
+                });
+            }
+        }
+        let handed_out = layout.data_chunks_before(layout.next_free(highest_there));
+        self.findings.unreferenced = (handed_out + twice).saturating_sub(placed);
+        Ok(())
     }
-    findings.exceptions = list.exceptions();
-    findings.next_free = layout.next_free(exceptions.iter().map(|e| e.new).max());
-    let end = list.end().expect("a list that wants no bytes has ended");
-    if let Some(finding) = judge_end(end, layout.chunk_size(), store_bytes) {
-        findings.add(finding);
+
+    /// Exceptions that share a chunk, in the order of chunks: of several at one,
+    /// each with the one before it. As many as can still be listed; the others are
+    /// counted as left out. `self.chunks` holds the chunk of every exception.
+    fn shared(&mut self, chunk_of: impl Fn(Exception) -> u64) -> Result<Vec<Pair>, E> {
+        /// A chunk that several exceptions share.
+        struct Sharing {
+            chunk: u64,
+            wanted: usize,
+            last: Option<u64>,
+            pairs: Vec<Pair>,
+        }
+        self.chunks.sort_unstable();
+        let mut room = Findings::LIMIT.saturating_sub(self.findings.list.len());
+        let mut sharing: Vec<Sharing> = Vec::new();
+        for same in self.chunks.chunk_by(|a, b| a == b).filter(|c| c.len() > 1) {
+            let wanted = room.min(same.len() - 1);
+            self.findings.left_out += (same.len() - 1 - wanted) as u64;
+            room -= wanted;
+            if wanted > 0 {
+                sharing.push(Sharing {
+                    chunk: same[0],
+                    wanted,
+                    last: None,
+                    pairs: Vec::new(),
+                });
+            }
+        }
+        self.chunks = Vec::new();
+        if sharing.is_empty() {
+            return Ok(Vec::new());
+        }
+        read_list(self.bounds, self.read, |n, exception| {
+            let chunk = chunk_of(exception);
+            let Ok(at) = sharing.binary_search_by_key(&chunk, |one| one.chunk) else {
+                return;
+            };
+            let one = &mut sharing[at];
+            if let Some(first) = one.last.replace(n)
+                && one.pairs.len() < one.wanted
+            {
+                one.pairs.push(Pair {
+                    chunk,
+                    first,
+                    second: n,
+                });
+            }
+        })?;
+        Ok(sharing.into_iter().flat_map(|one| one.pairs).collect())
     }
-    Ok(exceptions)
 }
 
 /// What is wrong with how the list ended.
@@ -286,30 +505,5 @@ fn judge_end(end: ListEnd, chunk_size: ChunkSize, store_bytes: u64) -> Option<Fi
                 }
             })
         }
-    }
-}
-
-/// Exceptions that share a chunk, of the origin or of the store. Of several at
-/// one chunk, each is reported with the one before it.
-fn find_contradictions(layout: Layout, exceptions: &[Exception], findings: &mut Findings) {
-    let mut order: Vec<u64> = (0..exceptions.len() as u64).collect();
-    let at = |n: u64| exceptions[n as usize];
-
-    order.sort_unstable_by_key(|&n| (at(n).old, n));
-    for pair in order.windows(2).filter(|p| at(p[0]).old == at(p[1]).old) {
-        findings.add(Finding::SameOriginChunk {
-            old: at(pair[0]).old,
-            first: layout.slot(pair[0]),
-            second: layout.slot(pair[1]),
-        });
-    }
-
-    order.sort_unstable_by_key(|&n| (at(n).new, n));
-    for pair in order.windows(2).filter(|p| at(p[0]).new == at(p[1]).new) {
-        findings.add(Finding::SameStoreChunk {
-            new: at(pair[0]).new,
-            first: layout.slot(pair[0]),
-            second: layout.slot(pair[1]),
-        });
     }
 }

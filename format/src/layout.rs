@@ -82,6 +82,12 @@ impl Layout {
         self.data_chunk_from(CowChunk(from))
     }
 
+    /// How many data chunks lie before `chunk`.
+    pub const fn data_chunks_before(self, chunk: CowChunk) -> u64 {
+        let behind_header = chunk.0.saturating_sub(1);
+        behind_header - behind_header.div_ceil(self.stride())
+    }
+
     /// The slot of the `n`-th exception, counted from 0 over all areas.
     pub const fn slot(self, n: u64) -> Slot {
         let e = self.chunk_size.exceptions_per_area();

@@ -34,20 +34,27 @@
 //! - [`area`]: exceptions, and what may lie behind the end of the list.
 //! - [`list`]: the list of exceptions through all areas, to be read.
 //! - [`layout`]: where things lie, and how much fits.
+//! - [`runs`]: exceptions that are neighbours on both devices, and changed ranges.
+//! - [`dump`]: the metadata as text that a person can read and edit.
+//! - [`build`]: the metadata of a store, to be written.
 //! - [`check`](mod@check): what is wrong with a store.
 
 #![forbid(unsafe_code)]
 
 pub mod area;
+pub mod build;
 pub mod check;
+pub mod dump;
 pub mod header;
 pub mod layout;
 pub mod list;
+pub mod runs;
 pub mod units;
 
 pub use area::{AreaDecoder, AreaEnd, Bounds, Exception, Exceptions, Misplaced, Tail};
-pub use check::{Finding, Findings, check};
+pub use check::{Finding, Findings, Kernel, check};
 pub use header::{Found, Header, HeaderError};
 pub use layout::{Layout, Slot};
-pub use list::{ListEnd, ListRead, ListReader};
+pub use list::{ListEnd, ListRead, ListReader, read_list};
+pub use runs::{Run, Runs};
 pub use units::{ChunkSize, ChunkSizeError, CowChunk, OriginChunk, SECTOR_BYTES};

@@ -1,8 +1,9 @@
 //! The list of exceptions of a whole store, which runs through its areas.
 //! [`ListReader`] says what to read and is told what was read; the engine (to
-//! open a store) and the checker find all exceptions with it.
+//! open a store) and the checker find all exceptions with it. Who may simply read
+//! calls [`read_list`].
 
-use crate::area::{AreaDecoder, AreaEnd, Bounds, Exceptions, Tail};
+use crate::area::{AreaDecoder, AreaEnd, Bounds, Exception, Exceptions, Tail};
 
 /// The most bytes that a [`ListReader`] asks for at once: an area may be 1 GiB.
 pub const MAX_READ_BYTES: u64 = 1 << 20;
@@ -131,4 +132,28 @@ impl ListReader {
             }
         }
     }
+}
+
+/// Read the whole list of a store with these bounds, through `read`, which fills a
+/// buffer with the bytes at an offset; `each` is told every exception with its
+/// number, from 0 on. Takes the memory of one piece, however long the list is.
+///
+/// Fails only if `read` does.
+pub fn read_list<E>(
+    bounds: Bounds,
+    read: &mut impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    mut each: impl FnMut(u64, Exception),
+) -> Result<ListEnd, E> {
+    let chunk_bytes = bounds.layout().chunk_size().bytes();
+    let mut buffer = vec![0; chunk_bytes.min(MAX_READ_BYTES) as usize];
+    let mut list = ListReader::new(bounds);
+    while let Some(wanted) = list.poll_read() {
+        let piece = &mut buffer[..wanted.len];
+        read(wanted.offset, piece)?;
+        let first = list.exceptions();
+        for (n, exception) in (first..).zip(list.handle_read(piece)) {
+            each(n, exception);
+        }
+    }
+    Ok(list.end().expect("a list that wants no bytes has ended"))
 }

@@ -368,3 +368,75 @@ proptest! {
         prop_assert!(!findings.is_sound());
     }
 }
+
+#[test]
+fn chunks_that_no_exception_points_to_are_counted() {
+    let size = ChunkSize::MIN;
+    let layout = Layout::new(size);
+    let mut exceptions = in_order(layout, 40);
+    let findings = Image::new(size, 50, &exceptions).check(None);
+    assert_eq!(findings.unreferenced, 0);
+    // Two taken out of the middle, and the order of the others turned round.
+    exceptions.remove(7);
+    exceptions.remove(20);
+    exceptions.reverse();
+    let findings = Image::new(size, 50, &exceptions).check(None);
+    assert!(findings.is_sound());
+    assert_eq!(findings.unreferenced, 2);
+    // One more, whose chunk two exceptions name; and one that points nowhere.
+    exceptions[4].new = exceptions[5].new;
+    let findings = Image::new(size, 50, &exceptions).check(None);
+    assert_eq!(findings.unreferenced, 3);
+    exceptions[8].new = CowChunk(1 << 60);
+    let findings = Image::new(size, 50, &exceptions).check(None);
+    assert_eq!(findings.unreferenced, 4);
+}
+
+#[test]
+fn what_the_kernel_does_with_a_fault_is_said() {
+    use nbdsnap_format::Kernel;
+    let slot = Slot { area: 1, index: 2 };
+    let misplaced = |why| Finding::Misplaced {
+        at: slot,
+        exception: exception(1, 2),
+        why,
+    };
+    for (finding, code, kernel) in [
+        (Finding::NoStore, "no-store", Kernel::Formats),
+        (
+            misplaced(Misplaced::OutsideStore),
+            "outside-store",
+            Kernel::Fails,
+        ),
+        (
+            misplaced(Misplaced::OutsideOrigin),
+            "outside-origin",
+            Kernel::Fails,
+        ),
+        (
+            misplaced(Misplaced::OnMetadata),
+            "on-metadata",
+            Kernel::Misreads,
+        ),
+        (Finding::Corrupt { at: slot }, "corrupt", Kernel::Misreads),
+        (
+            Finding::Torn {
+                end: slot,
+                from_entry: 32,
+            },
+            "torn",
+            Kernel::MisreadsLater,
+        ),
+        (
+            Finding::NoNextArea {
+                area: 1,
+                found: 1,
+                needed: 2,
+            },
+            "no-next-area",
+            Kernel::Rejects,
+        ),
+    ] {
+        assert_eq!((finding.code(), finding.kernel()), (code, kernel));
+    }
+}

@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod client;
 pub mod control;
+pub mod cow;
 pub mod disks;
 pub mod io;
 mod law;

@@ -106,42 +106,6 @@ fn a_snapshot_comes_and_goes_under_clients_that_stay_attached() {
 }
 
 #[test]
-fn a_hundred_and_one_snapshots_of_one_volume() {
-    let scene = Scene::new("a_hundred_and_one", &["disk"]);
-    let server = &scene.server;
-    let mut origin = attach(server, "disk");
-    let mut model = scene.before[0].clone();
-    let mut views = Vec::new();
-    for n in 0..101u8 {
-        let at = usize::from(n) * 37_003;
-        origin.write(at as u64, &vec![n; 20_000], false).unwrap();
-        model[at..at + 20_000].fill(n);
-        views.push(model.clone());
-        let name = format!("disk@{n}");
-        scene.done(&["snapshot", "create", &name, "--chunk", "64K"]);
-    }
-    origin.write(0, &vec![200; 4 * MIB], true).unwrap();
-    for (n, view) in views.iter().enumerate() {
-        assert!(
-            contents(server, &format!("disk@{n}")) == *view,
-            "snapshot {n} differs"
-        );
-    }
-    let all: Vec<String> = (0..101).map(|n| format!("disk@{n}")).collect();
-    let mut remove = vec!["snapshot", "remove", "--delete-cow"];
-    remove.extend(all.iter().map(String::as_str));
-    assert_eq!(names(&scene.done(&remove)), all);
-    assert_eq!(names(&scene.done(&["snapshot", "list"])), [""; 0]);
-    origin.disconnect().unwrap();
-    scene.server.stop();
-    assert_eq!(
-        std::fs::read_dir(scene.folder.path()).unwrap().count(),
-        1,
-        "stores are left behind"
-    );
-}
-
-#[test]
 fn a_server_without_a_disk_is_given_some() {
     let scene = Scene::new("without_a_disk", &[]);
     let server = &scene.server;

@@ -1,5 +1,5 @@
-//! The build that breaks a rule of durability on purpose says so and knows its
-//! rules; the program itself has no such thing in it.
+//! The build that breaks a rule of durability, or one of groups, on purpose says so
+//! and knows its rules; the program itself has no such thing in it.
 
 use std::path::Path;
 use std::process::Command;
@@ -44,11 +44,12 @@ fn the_program_knows_nothing_of_mutants() {
 #[test]
 fn a_mutant_announces_which_rule_it_breaks() {
     let folder = folder();
-    for &mutant in Mutant::ALL {
-        let server = serve_a_disk(folder.path()).mutant(mutant).start();
+    let of_the_engine = Mutant::ALL.iter().map(|mutant| format!("{mutant:?}"));
+    for name in of_the_engine.chain(["GroupOneByOne".into()]) {
+        let server = serve_a_disk(folder.path()).mutant_named(&name).start();
         let log = server.stop();
-        let told = log.contains(&format!("{ANNOUNCED} {mutant:?}: "));
-        assert_eq!(told, mutant != Mutant::None, "{mutant:?}: {log}");
+        let told = log.contains(&format!("{ANNOUNCED} {name}: "));
+        assert_eq!(told, name != "None", "{name}: {log}");
     }
 }
 

@@ -1,7 +1,10 @@
-//! Random requests to a disk and eight snapshots of it, over several connections
-//! at once: chunks of 1 sector to 1 MiB, persistent and transient stores, stores
-//! that grow and stores that fill; ended and killed and started again in between.
-//! Every view always is what its byte-array model says.
+//! Random requests to a disk and its snapshots, over several connections at once:
+//! chunks of 1 sector to 1 MiB, persistent and transient stores, stores that grow
+//! and stores that fill; ended and killed and started again in between. Every view
+//! always is what its byte-array model says.
+//!
+//! Eight snapshots for a long time, with all that can happen to a store; and sixteen
+//! at once, all of them written, none of them full.
 
 #[path = "random_views/batch.rs"]
 mod batch;
@@ -15,16 +18,42 @@ use nbdsnap_tests::harness::files::{folder, random_file};
 use nbdsnap_tests::harness::random::{Random, long_run, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
 
+use batch::Performed;
 use nbdsnap_tests::harness::wire::{Session, errno};
 use view::{Kind, Store, View};
 
 /// Not a multiple of any chunk but the smallest.
 const SIZE: u64 = 3 * 1024 * 1024 + 5 * 512;
-const BATCHES: u64 = 240;
-const REQUESTS: usize = 40;
+
+/// What is played.
+struct Play {
+    snapshots: &'static [Snapshot],
+    batches: u64,
+    /// Requests in a batch.
+    requests: usize,
+    /// After so many batches the server ends and starts again: by kill -9, and every
+    /// other time, and at the end, by SIGTERM.
+    until_restart: u64,
+}
+
+const ALL_THAT_CAN_HAPPEN: Play = Play {
+    snapshots: &SNAPSHOTS,
+    batches: 240,
+    requests: 40,
+    until_restart: 60,
+};
+
+const SIXTEEN_AT_ONCE: Play = Play {
+    snapshots: &SIXTEEN,
+    batches: 60,
+    requests: 120,
+    until_restart: 30,
+};
 
 /// Name, options, kind, chunk in bytes, size of a store that is to fill.
-const SNAPSHOTS: [(&str, &str, Kind, u64, Option<u64>); 8] = [
+type Snapshot = (&'static str, &'static str, Kind, u64, Option<u64>);
+
+const SNAPSHOTS: [Snapshot; 8] = [
     ("sector", "chunk=512", Kind::P, 512, None),
     ("small", "chunk=4K,overflow", Kind::PO, 4 << 10, None),
     ("middle", "chunk=16K", Kind::P, 16 << 10, None),
@@ -59,21 +88,56 @@ const SNAPSHOTS: [(&str, &str, Kind, u64, Option<u64>); 8] = [
     ),
 ];
 
+/// Two of each chunk size, of different kinds.
+const SIXTEEN: [Snapshot; 16] = [
+    ("p512", "chunk=512", Kind::P, 512, None),
+    ("o1k", "chunk=1K,overflow", Kind::PO, 1 << 10, None),
+    ("n512", "chunk=512,transient,format", Kind::N, 512, None),
+    ("p1k", "chunk=1K", Kind::P, 1 << 10, None),
+    ("p4k", "chunk=4K", Kind::P, 4 << 10, None),
+    ("o4k", "chunk=4K,overflow", Kind::PO, 4 << 10, None),
+    ("n4k", "chunk=4K,transient,format", Kind::N, 4 << 10, None),
+    ("p8k", "chunk=8K", Kind::P, 8 << 10, None),
+    ("n8k", "chunk=8K,transient,format", Kind::N, 8 << 10, None),
+    ("p16k", "chunk=16K", Kind::P, 16 << 10, None),
+    ("o16k", "chunk=16K,overflow", Kind::PO, 16 << 10, None),
+    ("p64k", "chunk=64K", Kind::P, 64 << 10, None),
+    (
+        "n64k",
+        "chunk=64K,transient,format",
+        Kind::N,
+        64 << 10,
+        None,
+    ),
+    ("o256k", "chunk=256K,overflow", Kind::PO, 256 << 10, None),
+    ("p256k", "chunk=256K", Kind::P, 256 << 10, None),
+    ("p1m", "chunk=1M", Kind::P, 1 << 20, None),
+];
+
 #[test]
 fn every_view_is_what_its_model_says() {
-    let seed = seed("random_views");
+    play_for_a_while("random_views", &ALL_THAT_CAN_HAPPEN);
+}
+
+#[test]
+fn sixteen_snapshots_and_the_origin_are_written_at_once() {
+    play_for_a_while("sixteen_at_once", &SIXTEEN_AT_ONCE);
+}
+
+/// A long run takes new seeds until its time is over.
+fn play_for_a_while(test: &str, play: &Play) {
+    let seed = seed(test);
     let begun = Instant::now();
-    run(seed);
-    // A long run takes new seeds until its time is over.
+    run(play, seed);
     let mut more = Random::new(seed);
     while begun.elapsed() < long_run().unwrap_or(Duration::ZERO) {
         let seed = more.bits();
-        println!("random_views: seed {seed} (again with NBDSNAP_SEED={seed})");
-        run(seed);
+        println!("{test}: seed {seed} (again with NBDSNAP_SEED={seed})");
+        run(play, seed);
     }
 }
 
-fn run(seed: u64) {
+fn run(play: &Play, seed: u64) {
     let mut random = Random::new(seed);
     let folder = folder();
     let disk = folder.path().join("disk.img");
@@ -81,7 +145,7 @@ fn run(seed: u64) {
     let mut serve = Serve::on_socket_in(folder.path());
     serve.disk("disk", &disk);
     let mut views = vec![View::new("disk", None, content.clone())];
-    for (name, options, kind, chunk, size) in SNAPSHOTS {
+    for &(name, options, kind, chunk, size) in play.snapshots {
         let export = format!("disk@{name}");
         serve.snapshot(
             &export,
@@ -97,28 +161,32 @@ fn run(seed: u64) {
     }
 
     let mut server = start(&serve, &mut views);
-    for batch in 0..BATCHES {
+    let mut performed = vec![Performed::default(); views.len()];
+    for batch in 0..play.batches {
         // Begin in a small part, where requests meet, and widen.
-        let span = (SIZE * (batch + 20) / (BATCHES + 20)).max(1 << 16);
-        batch::perform(&mut views, &mut random, REQUESTS, span);
-        if batch % 60 == 59 {
-            server = restart(server, &serve, &mut views, batch % 120 == 59);
+        let more = play.batches / 12;
+        let span = (SIZE * (batch + more) / (play.batches + more)).max(1 << 16);
+        batch::perform(&mut views, &mut random, play.requests, span, &mut performed);
+        if (batch + 1) % play.until_restart == 0 {
+            let kill = (batch + 1) / play.until_restart % 2 == 1;
+            server = restart(server, &serve, &mut views, kill);
         }
     }
-    for view in &mut views {
+    for (view, performed) in views.iter_mut().zip(&performed) {
         view.check_all();
         view.sessions.clear();
+        let Performed { reads, writes } = performed;
+        assert!(
+            *reads > 0 && *writes > 0,
+            "{}: {reads} reads, {writes} writes",
+            view.export
+        );
     }
     server.stop();
-    for name in ["fills", "overflows"] {
-        let (_, _, _, _, size) = SNAPSHOTS[SNAPSHOTS
-            .iter()
-            .position(|s| s.0 == name)
-            .expect("a snapshot")];
-        assert!(
-            length_of(&folder.path().join(format!("{name}.cow"))) <= size.expect("a limit"),
-            "{name} grew past its size"
-        );
+    for (name, _, _, _, size) in play.snapshots {
+        let length = length_of(&folder.path().join(format!("{name}.cow")));
+        let most = size.unwrap_or(u64::MAX);
+        assert!(length <= most, "{name} grew past its size");
     }
 }
 

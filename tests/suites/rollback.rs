@@ -2,6 +2,10 @@
 //! folder and without one, whether or not anybody names the snapshot; its clients
 //! never see anything but the snapshot and what they wrote since, and the other
 //! snapshots of the disk see nothing of it at all.
+//!
+//! A normal run plays a few kills; `NBDSNAP_LONG` goes on until a hundred have fallen
+//! into rollbacks that a state folder remembers, and a hundred into those that the
+//! disk's own list does.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,6 +19,7 @@ use nbdsnap_tests::harness::server::{Serve, Server};
 const MIB: usize = 1 << 20;
 const DISK: usize = 8 * MIB;
 const BLOCK: usize = 4096;
+const PIECE: usize = 64 * BLOCK;
 
 /// How a server comes by what it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +85,16 @@ impl Scene {
         serve.start()
     }
 
-    /// Write random blocks, and know them.
-    fn write_some(&mut self, server: &Server, blocks: usize) {
+    /// Write random blocks, and know them; before that `bulk` pieces in a row, which
+    /// make a rollback long and cost little.
+    fn write_some(&mut self, server: &Server, bulk: usize, blocks: usize) {
         let mut client = attach(server, "vm");
+        let from = self.random.below((DISK / PIECE - bulk) as u64) as usize * PIECE;
+        for at in (from..from + bulk * PIECE).step_by(PIECE) {
+            let bytes = self.random.bytes(PIECE);
+            client.write(at as u64, &bytes, false).expect("a write");
+            self.disk[at..at + PIECE].copy_from_slice(&bytes);
+        }
         for _ in 0..blocks {
             let at = self.random.below((DISK / BLOCK) as u64) as usize * BLOCK;
             let bytes = self.random.bytes(BLOCK);
@@ -108,22 +120,51 @@ fn gone(path: &Path) {
     }
 }
 
-/// So many rounds: snapshots, writes, a rollback, a kill somewhere in it, writes
-/// under the rollback that goes on, its end.
-fn kills(test: &str, memory: Memory, rounds: usize) {
+/// How long rounds go on.
+struct Goal {
+    /// Rounds, at least.
+    rounds: usize,
+    /// Kills that have fallen into a rollback, at least.
+    hits: usize,
+}
+
+impl Goal {
+    /// A long run has its hundred kills in the middle of rollbacks; kills that came
+    /// too early or too late do not count.
+    fn of_this_run() -> Self {
+        match long_run() {
+            Some(_) => Self {
+                rounds: 100,
+                hits: 100,
+            },
+            None => Self { rounds: 8, hits: 1 },
+        }
+    }
+}
+
+/// Rounds: snapshots, writes, a rollback, a kill somewhere in it, writes under the
+/// rollback that goes on, its end.
+fn kills(test: &str, memory: Memory) {
+    let goal = Goal::of_this_run();
     let mut scene = Scene::new(test, memory);
     let mut server = scene.first_start();
     let (mut resumed, mut before, mut after) = (0, 0, 0);
-    for round in 0..rounds {
+    let mut round = 0;
+    while round < goal.rounds || resumed < goal.hits {
+        assert!(
+            round < 10 * goal.rounds,
+            "{resumed} of {round} kills fell into a rollback"
+        );
+        round += 1;
         let then = scene.disk.clone();
         done(&server, &["snapshot", "create", "vm@then", "--chunk", "4K"]);
-        scene.write_some(&server, 300);
+        scene.write_some(&server, 12, 50);
         let sibling = scene.disk.clone();
         done(
             &server,
             &["snapshot", "create", "vm@sibling", "--chunk", "16K"],
         );
-        scene.write_some(&server, 300);
+        scene.write_some(&server, 12, 50);
 
         let deletes = scene.random.one_in(2);
         let mut words = vec!["snapshot", "merge", "vm@then", "--background"];
@@ -175,7 +216,7 @@ fn kills(test: &str, memory: Memory, rounds: usize) {
             contents(&server, "vm") == scene.disk,
             "round {round}: the disk"
         );
-        scene.write_some(&server, 50);
+        scene.write_some(&server, 1, 20);
         assert!(
             contents(&server, "vm@sibling") == sibling,
             "round {round}: the sibling"
@@ -201,25 +242,22 @@ fn kills(test: &str, memory: Memory, rounds: usize) {
         }
         gone(&cow);
     }
-    println!("{test}: {resumed} went on, {after} were done, {before} had not begun");
-    assert!(resumed > 0, "no kill fell into a rollback");
+    println!(
+        "{test}: {round} kills: {resumed} rollbacks went on, {after} were done, {before} had not begun"
+    );
     server.stop();
     let on_disk = std::fs::read(scene.path("vm.img")).expect("the disk");
     assert!(on_disk == scene.disk, "the disk by itself");
 }
 
-fn rounds() -> usize {
-    if long_run().is_some() { 100 } else { 8 }
-}
-
 #[test]
 fn a_rollback_goes_on_after_a_kill_by_the_state_folder() {
-    kills("rollback_state", Memory::State, rounds());
+    kills("rollback_state", Memory::State);
 }
 
 #[test]
 fn a_rollback_goes_on_after_a_kill_by_the_disks_own_list() {
-    kills("rollback_lists", Memory::Lists, rounds());
+    kills("rollback_lists", Memory::Lists);
 }
 
 /// A disk large enough for a rollback of many steps, and a snapshot of it of which
@@ -318,7 +356,7 @@ fn a_disk_in_the_middle_of_a_rollback_is_served_whole_or_not_at_all() {
     // A kill that leaves something to be done; a fast machine needs a few tries.
     loop {
         done(&server, &["snapshot", "create", "vm@then", "--chunk", "4K"]);
-        scene.write_some(&server, 2000);
+        scene.write_some(&server, 20, 200);
         done(&server, &["snapshot", "merge", "vm@then", "--background"]);
         server.kill();
         let list = std::fs::read_to_string(scene.path("vm.img.nbdsnap")).unwrap_or_default();

@@ -358,6 +358,13 @@ impl SimDisk {
                         version.forgotten = true;
                     }
                 }
+                // A page is dirty or not: with what it shows, all before that is forgotten.
+                let mut clean = vec![false; self.cache.len() / SECTOR];
+                for version in self.log.iter_mut().rev() {
+                    let clean = &mut clean[version.sector as usize];
+                    version.forgotten |= *clean;
+                    *clean |= version.forgotten && version.shown;
+                }
             }
             Kind::Grow { to } => {
                 let more = rng.below(to.saturating_sub(self.cache.len()) as u64) as usize / SECTOR

@@ -74,6 +74,7 @@ impl Drop for Frozen {
 fn text(failure: &Failure) -> &str {
     match failure {
         Failure::Usage(text) | Failure::Refused(text) => text,
+        Failure::Found => "",
     }
 }
 

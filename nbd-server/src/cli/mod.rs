@@ -4,6 +4,7 @@
 //! sense. A refusal is one line on standard error that names what it is about.
 
 mod clients;
+mod cow;
 mod demo;
 mod events;
 mod freeze;
@@ -55,6 +56,7 @@ enum Verb {
     Clients(clients::ClientsArgs),
     Disconnect(clients::DisconnectArgs),
     Events(events::EventsArgs),
+    Cow(cow::CowArgs),
     Completions(pages::CompletionsArgs),
     Man(pages::ManArgs),
     Demo(demo::DemoArgs),
@@ -78,6 +80,8 @@ enum Failure {
     Usage(String),
     /// It was refused, or it failed.
     Refused(String),
+    /// It has found problems, and printed them: there is nothing to add.
+    Found,
 }
 
 impl Failure {
@@ -117,6 +121,7 @@ pub fn main() -> ExitCode {
         Verb::Clients(args) => ("clients", clients::list(&args)),
         Verb::Disconnect(args) => ("disconnect", clients::disconnect(&args)),
         Verb::Events(args) => ("events", events::run(&args)),
+        Verb::Cow(args) => ("cow", cow::run(args, cli.verbosity.quiet)),
         Verb::Completions(args) => ("completions", pages::completions(&args)),
         Verb::Man(args) => ("man", pages::man(&args)),
         Verb::Demo(args) => ("demo", demo::run(&args)),
@@ -131,6 +136,7 @@ pub fn main() -> ExitCode {
             complain(&message);
             ExitCode::FAILURE
         }
+        Err(Failure::Found) => ExitCode::FAILURE,
     }
 }
 

@@ -40,7 +40,9 @@ pub use identity::Taken;
 pub use live::{Deed, Made, SnapshotPlan, default_cow};
 pub use making::{Making, Unrecorded};
 pub use offered::{OfferedStore, OfferedVolume};
+pub(crate) use open::{Opening, existing};
 pub use refusal::{Cause, Refusal, shown};
+pub(crate) use signature::{Contents, contents};
 pub(crate) use store_io::sync_folder_of;
 
 /// A volume that shall be served.

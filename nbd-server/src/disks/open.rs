@@ -41,7 +41,7 @@ pub(super) fn origin(request: &VolumeRequest, taken: &mut Taken) -> Result<OpenD
         VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => Role::Origin(request.name.clone()),
     };
     taken.take(Identity::of(&meta), role, path)?;
-    let disk = open_and_lock(path, &meta, request.access.writes_origin())?;
+    let disk = open_and_lock(path, &meta, serving(request.access.writes_origin()))?;
     if disk.bytes == 0 {
         return Err(Refusal::new(path, Cause::Empty));
     }
@@ -63,7 +63,35 @@ pub(super) fn cow(
         return Ok(Found::Missing(path.to_owned()));
     };
     taken.take(Identity::of(&meta), role, path)?;
-    open_and_lock(path, &meta, access.writes_stores()).map(Found::Disk)
+    open_and_lock(path, &meta, serving(access.writes_stores())).map(Found::Disk)
+}
+
+/// How a file or device is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opening {
+    /// To write to it: locked exclusively, a device claimed.
+    Write,
+    /// To read what nobody changes meanwhile: locked shared, a device claimed, so
+    /// that one that the kernel's device-mapper has in use is refused.
+    ReadAlone,
+    /// To read what others only read too: locked shared.
+    ReadShared,
+    /// To read whatever is there, while others may be writing: not locked.
+    ReadInUse,
+}
+
+fn serving(writes: bool) -> Opening {
+    if writes {
+        Opening::Write
+    } else {
+        Opening::ReadShared
+    }
+}
+
+/// Open a file or device that exists, for a tool that works without a server.
+pub(crate) fn existing(path: &Path, opening: Opening) -> Result<OpenDisk, Refusal> {
+    let meta = look(path)?.ok_or_else(|| Refusal::new(path, Cause::Missing))?;
+    open_and_lock(path, &meta, opening)
 }
 
 /// Lock a file that was made just now.
@@ -135,10 +163,11 @@ pub(super) fn folder_of(path: &Path) -> Option<PathBuf> {
     })
 }
 
-fn open_and_lock(path: &Path, seen: &Metadata, write: bool) -> Result<OpenDisk, Refusal> {
+fn open_and_lock(path: &Path, seen: &Metadata, opening: Opening) -> Result<OpenDisk, Refusal> {
     let is_block_device = seen.file_type().is_block_device();
+    let write = opening == Opening::Write;
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    if is_block_device && write {
+    if is_block_device && (write || opening == Opening::ReadAlone) {
         flags |= OFlags::EXCL;
     }
     let mut file = OpenOptions::new()
@@ -163,7 +192,9 @@ fn open_and_lock(path: &Path, seen: &Metadata, write: bool) -> Result<OpenDisk, 
     if Identity::of(&meta) != Identity::of(seen) {
         return Err(Refusal::new(path, Cause::Replaced));
     }
-    lock(&file, path, write)?;
+    if opening != Opening::ReadInUse {
+        lock(&file, path, write)?;
+    }
     let (bytes, logical_block) = if is_block_device {
         let bytes = file
             .seek(SeekFrom::End(0))

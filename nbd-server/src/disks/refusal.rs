@@ -30,7 +30,7 @@ impl Refusal {
     }
 
     /// Something that was done to `path` failed in the operating system.
-    pub(super) fn io(path: &Path, doing: &'static str, error: &io::Error) -> Self {
+    pub(crate) fn io(path: &Path, doing: &'static str, error: &io::Error) -> Self {
         let errno = Errno::from_io_error(error);
         let cause = match errno {
             Some(Errno::NOENT) => Cause::Missing,

@@ -14,7 +14,7 @@ const EDGE: u64 = 128 << 10;
 
 /// What lies at the beginning of a disk.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Contents {
+pub(crate) enum Contents {
     /// Zeros at both ends, or no bytes at all.
     Empty,
     /// Begins with a store's magic number.
@@ -24,7 +24,7 @@ pub(super) enum Contents {
 }
 
 /// Look at both ends of a disk.
-pub(super) fn contents(disk: &OpenDisk) -> io::Result<Contents> {
+pub(crate) fn contents(disk: &OpenDisk) -> io::Result<Contents> {
     let head = read(disk, 0, disk.bytes.min(EDGE))?;
     if head.starts_with(&nbdsnap_format::header::MAGIC.to_le_bytes()) {
         return Ok(Contents::Store);

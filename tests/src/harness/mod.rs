@@ -6,6 +6,7 @@
 //! - [`server`]: `nbdsnap serve` as a child that is always ended,
 //! - [`process`]: any other command, with a bound on its time,
 //! - [`store`]: COW stores put together byte by byte,
+//! - [`blocks`]: disks whose blocks say which write was the last,
 //! - [`wire`]: an NBD client for raw sockets, written from the specification,
 //! - [`files`]: images, hashes, fingerprints of folders,
 //! - [`fio`]: writes that check themselves,
@@ -18,6 +19,7 @@
 
 use std::time::Duration;
 
+pub mod blocks;
 pub mod files;
 pub mod fio;
 pub mod golden;

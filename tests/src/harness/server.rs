@@ -5,6 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,7 +18,7 @@ use nbdsnap_engine::law::Mutant;
 use rustix::process::Signal;
 
 use super::PATIENCE;
-use super::process::{Finished, pid_of, run, wait};
+use super::process::{Finished, pid_of, run, wait, wait_until};
 use super::program::{MUTANT_VARIABLE, mutant_program, program};
 use super::wire::Address;
 
@@ -28,7 +29,7 @@ pub struct Serve {
     exports: usize,
     socket: Option<PathBuf>,
     control: Option<PathBuf>,
-    mutant: Option<Mutant>,
+    mutant: bool,
     environment: Vec<(String, String)>,
 }
 
@@ -93,8 +94,13 @@ impl Serve {
 
     /// Serve with a rule of durability broken: another build of the program.
     pub fn mutant(&mut self, mutant: Mutant) -> &mut Self {
-        self.mutant = Some(mutant);
-        self.env(MUTANT_VARIABLE, &format!("{mutant:?}"))
+        self.mutant_named(&format!("{mutant:?}"))
+    }
+
+    /// The same with any rule that this build can break, the server's own too.
+    pub fn mutant_named(&mut self, name: &str) -> &mut Self {
+        self.mutant = true;
+        self.env(MUTANT_VARIABLE, name)
     }
 
     /// An environment variable.
@@ -105,10 +111,12 @@ impl Serve {
 
     /// The command line, for a test that starts it its own way.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(match self.mutant {
-            None => program(),
-            Some(_) => mutant_program(),
-        });
+        let program = if self.mutant {
+            mutant_program()
+        } else {
+            program()
+        };
+        let mut command = Command::new(program);
         command
             .arg("serve")
             .args(&self.args)
@@ -140,6 +148,9 @@ impl Serve {
             port: None,
         };
         server.wait_until_ready(&lines, self.exports);
+        if self.exports == 0 {
+            server.wait_until_it_takes_orders();
+        }
         server
     }
 
@@ -214,6 +225,17 @@ impl Server {
                 .ok()
         };
         self.port = self.printed_uris().iter().find_map(port);
+    }
+
+    /// One that has nothing to print is ready when its control socket is.
+    fn wait_until_it_takes_orders(&mut self) {
+        let Some(control) = self.control.clone() else {
+            return;
+        };
+        wait_until("the server takes orders", || {
+            assert!(self.is_running(), "it has ended: {}", self.stderr());
+            UnixStream::connect(&control).is_ok()
+        });
     }
 
     /// The URIs that it printed.

@@ -371,6 +371,7 @@ impl Session<'_> {
         let slot = &mut self.world.slots[index];
         let Some(id) = slot.id else { return };
         slot.on_full.note(policy);
+        self.pauses |= policy == OnFull::Pause;
         self.volume.set_on_full(id, policy);
     }
 

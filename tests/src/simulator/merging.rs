@@ -410,10 +410,22 @@ impl Session<'_> {
         self.merge_waits() && full.next().is_some()
     }
 
-    /// A merge was ordered while the volume stood still.
-    pub(super) fn merge_is_still_to_begin(&self) -> bool {
+    /// A merge stands still with its volume: it is to begin, or it waits for room
+    /// and goes on when both are over.
+    pub(super) fn merge_stands_still(&self) -> bool {
         let still = self.suspension == Suspension::Suspended;
-        still && self.world.merging.is_some_and(|merging| !merging.begun)
+        let to_begin = self.world.merging.is_some_and(|merging| !merging.begun);
+        still && (to_begin || self.merge_waits())
+    }
+
+    /// Nobody waits for room in a store that is about to become a part of the origin.
+    pub(super) fn merge_ends_pause(&self, index: usize) -> bool {
+        let slot = &self.world.slots[index];
+        let marked = self
+            .world
+            .merging
+            .is_some_and(|merging| merging.slot == index);
+        marked && slot.on_full.pause && slot.may_be_full()
     }
 
     /// Count what a merge waits for.

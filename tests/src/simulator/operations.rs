@@ -240,7 +240,7 @@ impl Session<'_> {
                 "suspending is stuck: nothing is in flight".into(),
             ));
         }
-        let merge_waits = self.merge_may_wait() || self.merge_is_still_to_begin();
+        let merge_waits = self.merge_may_wait() || self.merge_stands_still();
         let waits = merge_waits || !self.pending.is_empty() || !self.instants.is_empty();
         if !waits && !self.volume.is_idle() {
             return Err(Violation(

@@ -46,6 +46,8 @@ pub(super) struct Session<'w> {
     pub(super) instants: Vec<Told>,
     /// A snapshot was removed in this process.
     pub(super) removed_any: bool,
+    /// A full store has meant in this process that writes wait, whoever has it by now.
+    pub(super) pauses: bool,
 }
 
 impl<'w> Session<'w> {
@@ -73,6 +75,7 @@ impl<'w> Session<'w> {
             suspension: Suspension::Running,
             instants: Vec::new(),
             removed_any: false,
+            pauses: false,
         }
     }
 

@@ -246,13 +246,7 @@ impl Session<'_> {
                     let slot = &self.world.slots[index];
                     slot.on_full.error && (slot.may_be_full() || slot.hurt)
                 };
-                // Nobody waits for room in a store that becomes a part of the origin.
-                let merges = |index: usize| {
-                    let slot = &self.world.slots[index];
-                    let marked = self.world.merging.is_some_and(|m| m.slot == index);
-                    marked && slot.on_full.pause && slot.may_be_full()
-                };
-                if p.writes() && p.slot.is_some_and(merges) {
+                if p.writes() && p.slot.is_some_and(|index| self.merge_ends_pause(index)) {
                     return Some(Tally::MergeEndsPause);
                 }
                 let found = match p.slot {
@@ -391,7 +385,7 @@ impl Session<'_> {
         };
         let mut writes = Vec::new();
         let mut torn = 0;
-        let pausing = self.world.slots.iter().any(|slot| slot.on_full.pause);
+        let pausing = self.pauses;
         let window = self.world.plan.window;
         let torn_by_pause = |p: &Pending| pausing && p.cells.len_bytes() > window;
         for (request, p) in &mut self

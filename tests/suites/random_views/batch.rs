@@ -44,9 +44,22 @@ impl Planned {
     }
 }
 
-/// Make a batch within the first `span` bytes, perform it, compare. The origin
-/// is the first view.
-pub(crate) fn perform(views: &mut [View], random: &mut Random, requests: usize, span: u64) {
+/// What was done to a view and compared.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Performed {
+    pub(crate) reads: u64,
+    pub(crate) writes: u64,
+}
+
+/// Make a batch within the first `span` bytes, perform it, compare, and count for
+/// each view what was performed. The origin is the first view.
+pub(crate) fn perform(
+    views: &mut [View],
+    random: &mut Random,
+    requests: usize,
+    span: u64,
+    performed: &mut [Performed],
+) {
     let plan = plan(views, random, requests, span);
     let mut origin_written = false;
     for planned in plan.iter().filter(|planned| planned.writes()) {
@@ -65,6 +78,9 @@ pub(crate) fn perform(views: &mut [View], random: &mut Random, requests: usize, 
     let mut unsettled = Vec::new();
     for (planned, outcome) in plan.iter().zip(&outcomes) {
         check(&mut views[planned.view], planned, outcome);
+        let performed = &mut performed[planned.view];
+        performed.reads += u64::from(planned.command == cmd::READ && outcome.is_ok());
+        performed.writes += u64::from(planned.writes() && outcome.is_ok());
     }
     for (planned, outcome) in plan.iter().zip(&outcomes) {
         if planned.command == cmd::TRIM || planned.writes() && outcome.is_err() {

@@ -138,3 +138,25 @@ fn a_trim_may_act_late_but_not_after_a_flush() {
     }
     assert!(zeroed && kept && late);
 }
+
+/// A page is dirty or it is not: what a failed flush has forgotten of a sector does
+/// not come back older than it was, and what is shown after a kill can be flushed.
+#[test]
+fn a_failed_flush_forgets_all_that_a_sector_has_held() {
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let mut disk = SimDisk::new(vec![0; SECTOR]);
+        disk.perform(write(0, 1, 1), &mut rng).unwrap();
+        disk.perform(write(0, 1, 2), &mut rng).unwrap();
+        disk.set_faults(Faults {
+            flush: 1024,
+            ..Faults::default()
+        });
+        disk.perform(Action::Flush, &mut rng).unwrap_err();
+        disk.kill(&mut rng);
+        let shown = disk.content()[0];
+        disk.perform(Action::Flush, &mut rng).unwrap();
+        disk.power_cut(Loss::All, &mut rng);
+        assert_eq!(disk.content()[0], shown, "seed {seed}");
+    }
+}

@@ -15,6 +15,7 @@ use super::turn::{Shared, Turn};
 use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
 use crate::disks::{self, Known, Making, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
+use crate::law;
 use crate::names;
 use crate::server::moving::new_snapshot;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
@@ -235,6 +236,22 @@ impl Turn<'_> {
 
     /// Hold all, commit, take all; or leave all as they were.
     pub(super) fn take_all(
+        &mut self,
+        parts: Vec<Part>,
+        commit: impl FnOnce(&mut Self) -> Result<(), Refused>,
+    ) -> Result<Vec<HeldPart>, Refused> {
+        if law::group_is_one_instant() {
+            return self.take_together(parts, commit);
+        }
+        commit(self)?;
+        let mut all = Vec::new();
+        for part in parts {
+            all.extend(self.take_together(vec![part], |_| Ok(()))?);
+        }
+        Ok(all)
+    }
+
+    fn take_together(
         &mut self,
         parts: Vec<Part>,
         commit: impl FnOnce(&mut Self) -> Result<(), Refused>,

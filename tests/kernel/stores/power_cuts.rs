@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
+use super::SUITE;
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::random::{Random, long_run};
 use nbdsnap_tests::kernel::compare::{Compared, expect_difference, expect_same, same_bytes};
@@ -15,7 +16,6 @@ use nbdsnap_tests::kernel::slices::Slices;
 use nbdsnap_tests::kernel::vm::Vm;
 
 const SECTOR: u64 = 512;
-const SUITE: &str = "kernel_power_cuts";
 const PLAYER: &str = env!("CARGO_BIN_EXE_kernel-player");
 /// Chunk sizes in sectors, a disk with one snapshot each.
 const CHUNKS: [u64; 4] = [1, 8, 32, 128];

@@ -4,12 +4,12 @@
 
 use std::path::Path;
 
+use super::SUITE;
 use nbdsnap_tests::harness::files::{folder, sparse_file};
 use nbdsnap_tests::harness::program::workspace;
 use nbdsnap_tests::kernel::machine::Machine;
 use nbdsnap_tests::kernel::vm::Vm;
 
-const SUITE: &str = "kernel_walkthroughs";
 const MIB: u64 = 1 << 20;
 
 /// What both scripts are given: files that are all there at the instant, a writer

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::SUITE;
 use nbdsnap_engine::StoreKind;
 use nbdsnap_format::{ChunkSize, Layout};
 use nbdsnap_tests::harness::files::folder;
@@ -22,7 +23,6 @@ use nbdsnap_tests::kernel::slices::Slices;
 use nbdsnap_tests::kernel::vm::Vm;
 
 const SECTOR: u64 = 512;
-const SUITE: &str = "kernel_merges";
 const PLAYER: &str = env!("CARGO_BIN_EXE_kernel-player");
 
 /// A disk with two snapshots: one that is merged, and one that stays.

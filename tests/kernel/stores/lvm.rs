@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use super::SUITE;
 use nbdsnap_engine::{Status, StoreKind};
 use nbdsnap_tests::harness::files::{folder, sparse_file};
 use nbdsnap_tests::harness::random::Random;
@@ -15,7 +16,6 @@ use nbdsnap_tests::kernel::seed;
 use nbdsnap_tests::kernel::slices::Slices;
 use nbdsnap_tests::kernel::vm::Vm;
 
-const SUITE: &str = "kernel_lvm";
 const PLAYER: &str = env!("CARGO_BIN_EXE_kernel-player");
 const ORIGIN: u64 = 12 << 20;
 const COW: u64 = 8 << 20;

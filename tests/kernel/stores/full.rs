@@ -5,6 +5,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use super::SUITE;
 use nbdsnap_engine::{Status, StoreKind};
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::random::Random;
@@ -18,7 +19,6 @@ use nbdsnap_tests::kernel::slices::Slices;
 use nbdsnap_tests::kernel::vm::{Output, Vm};
 
 const SECTOR: u64 = 512;
-const SUITE: &str = "kernel_full_stores";
 const PLAYER: &str = env!("CARGO_BIN_EXE_kernel-player");
 /// Sectors of every origin here.
 const ORIGIN: u64 = 8 * 300 + 3;

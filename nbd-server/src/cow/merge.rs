@@ -1,0 +1,269 @@
+//! `cow merge`: a disk is rolled back to a snapshot, by the engine and by the same
+//! rules as in a server, without one.
+//!
+//! - The disk's list has the store marked as merging, durably, before the first byte
+//!   of the disk changes (durability.md, rule 12): whoever comes after a crash, this
+//!   tool or a server, goes on with it.
+//! - The disk's other snapshots are served: they get their copies first (rule 12),
+//!   and one that is not there is a refusal (rule 7).
+//! - Each step is durable before the next: what is cut off at any moment is taken up
+//!   again by the same command.
+//!
+//! A merge that the kernel or LVM began is a store whose list is shorter; it is taken
+//! up like any other, once the operator says that it belongs to the disk (`adopt`).
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, Volume, VolumeConfig};
+
+use super::open::disk_bytes;
+use super::{CowError, CowStore, Reading};
+use crate::disks::{
+    self, Known, Merging, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest,
+};
+use crate::io::VolumeAccess;
+use crate::io::file::{Medium, perform};
+use crate::server::setup::{OpenDisk, OpenVolume};
+use crate::state::admission;
+use crate::state::attached::{Attached, Mark};
+use crate::state::files::SystemFiles;
+use crate::state::keeper::{Keeper, StateError};
+use crate::state::place::settled;
+use crate::state::record::State;
+
+/// The name of the one volume there is.
+const VOLUME: &str = "disk";
+
+/// Copied in a step: nobody waits for it, and each step has three flushes.
+const STEP: u64 = 64 << 20;
+
+/// In one read or write.
+const PIECE: u64 = 1 << 20;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// The snapshot's store.
+    pub cow: &'a Path,
+    /// The disk.
+    pub origin: &'a Path,
+    /// The store has seen every write to the disk, though the disk's list does not
+    /// name it.
+    pub adopt: bool,
+    /// Stores of the disk that are given up.
+    pub without: &'a [PathBuf],
+}
+
+/// Roll the disk back. Answers how many chunks were merged; `progress` is told how
+/// many bytes are done.
+pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, CowError> {
+    let origin_bytes = disk_bytes(wanted.origin)?;
+    // What cannot be merged is refused before anything else is looked at.
+    CowStore::open(wanted.cow, Reading::Alone)?.insist_on_soundness(Some(origin_bytes))?;
+    let mut keeper = Keeper::open(SystemFiles, None).map_err(records)?;
+    let list = keeper.list(wanted.origin).map_err(records)?;
+    let name = name_of(wanted.cow, &list);
+    let mut taken = Taken::default();
+    let plan = plan(&keeper, wanted, &list, &name, &mut taken)?;
+    let offered = plan.offered();
+    for volume in &offered {
+        admission::admit(&keeper, volume, wanted.without)?;
+    }
+    let merging = admission::state_with(&keeper, offered.iter().map(Into::into).collect());
+    let mut merged = merging.clone();
+    merged.remove_snapshot(VOLUME, &name);
+
+    let mut change = keeper.begin(merging, Vec::new()).map_err(records)?;
+    let Opened { volumes, .. } = match plan.carry_out(&mut Unrecorded) {
+        Ok(opened) => opened,
+        Err(refusal) => {
+            keeper.abandon(change).map_err(records)?;
+            return Err(refusal.into());
+        }
+    };
+    // From here on a restart goes on with the merge.
+    keeper.commit(&mut change).map_err(records)?;
+    keeper.finish(change).map_err(records)?;
+    let mut chunks = 0;
+    for volume in volumes {
+        chunks += merge(volume, &name, &mut keeper, progress)?;
+    }
+    settle(&mut keeper, merged)?;
+    Ok(chunks)
+}
+
+/// A store that the list names keeps its name.
+fn name_of(cow: &Path, list: &Attached) -> String {
+    match list.find(&settled(cow)) {
+        Some(listed) => listed.snapshot.clone(),
+        None => (0..=list.stores.len())
+            .map(|n| format!("merge{n}"))
+            .find(|name| list.stores.iter().all(|one| one.snapshot != *name))
+            .expect("more names than stores"),
+    }
+}
+
+/// The disk with the store that is merged, and with all others of its list.
+fn plan(
+    keeper: &Keeper<SystemFiles>,
+    wanted: Wanted<'_>,
+    list: &Attached,
+    name: &str,
+    taken: &mut Taken,
+) -> Result<Plan, CowError> {
+    let ours = settled(wanted.cow);
+    let mut other = list.stores.iter().filter(|one| one.cow != ours);
+    if let Some(other) = other.find(|one| one.mark == Mark::Merging) {
+        return Err(CowError::Merging {
+            disk: wanted.origin.to_owned(),
+            other: other.cow.clone(),
+        });
+    }
+    let given_up: Vec<PathBuf> = wanted.without.iter().map(|path| settled(path)).collect();
+    let siblings = list
+        .stores
+        .iter()
+        .filter(|one| one.cow != ours && one.mark == Mark::Attached)
+        .filter(|one| !given_up.contains(&one.cow));
+    // The list of a disk that was shared names snapshots of several volumes.
+    let mut names = BTreeSet::from([name.to_owned()]);
+    let siblings = siblings.map(|one| {
+        let mut name = one.snapshot.clone();
+        while !names.insert(name.clone()) {
+            name.push('+');
+        }
+        request(&name, &one.cow, false)
+    });
+    let request = VolumeRequest {
+        name: VOLUME.to_owned(),
+        path: wanted.origin.to_owned(),
+        access: VolumeAccess::ReadWrite,
+        snapshots: std::iter::once(request(name, wanted.cow, wanted.adopt))
+            .chain(siblings)
+            .collect(),
+    };
+    let mut requests = admission::as_listed(keeper, vec![request]).map_err(records)?;
+    for snapshot in requests.iter_mut().flat_map(|one| &mut one.snapshots) {
+        let known = &mut snapshot.known;
+        let goes_on = known.merging.unwrap_or(Merging { delete_cow: false });
+        known.merging = (snapshot.name == name).then_some(goes_on);
+    }
+    Ok(disks::inspect(requests, taken)?)
+}
+
+fn request(name: &str, cow: &Path, adopt: bool) -> SnapshotRequest {
+    SnapshotRequest {
+        name: name.to_owned(),
+        cow: cow.to_owned(),
+        kind: StoreKind::Persistent,
+        chunk: None,
+        size: None,
+        read_only: false,
+        format: false,
+        adopt,
+        must_exist: true,
+        known: Known::default(),
+        behaviour: None,
+    }
+}
+
+/// Have the engine merge, and do what it wants of the disks.
+fn merge(
+    volume: OpenVolume,
+    name: &str,
+    keeper: &mut Keeper<SystemFiles>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<u64, CowError> {
+    let OpenVolume {
+        disk, snapshots, ..
+    } = volume;
+    let mut engine = Volume::new(VolumeConfig {
+        origin_bytes: disk.bytes,
+        copy_memory: STEP,
+        copy_piece: PIECE,
+    });
+    engine.set_merge_step(STEP);
+    let mut stores: Vec<(SnapshotId, OpenDisk)> = Vec::new();
+    let mut chunk_bytes = 0;
+    for snapshot in snapshots {
+        let id = if snapshot.name == name {
+            chunk_bytes = snapshot.store.chunk_size().bytes();
+            engine.attach_merging(snapshot.store)
+        } else {
+            let id = engine.attach_snapshot(snapshot.store);
+            // One that is full stops the merge, rather than be lost for it.
+            engine.set_on_full(id, OnFull::Pause);
+            id
+        };
+        stores.push((id, snapshot.disk));
+    }
+    let total = engine
+        .merge_progress()
+        .map_or(0, |progress| progress.total_chunks);
+    loop {
+        while let Some(op) = engine.poll_disk_op() {
+            let (file, medium) = match op.device {
+                Device::Origin if disk.is_block_device => (&disk, Medium::OriginBlockDevice),
+                Device::Origin => (&disk, Medium::OriginFile),
+                Device::Cow(id) => {
+                    let store = stores.iter().find(|(known, _)| *known == id);
+                    (&store.expect("a store that was attached").1, Medium::Store)
+                }
+            };
+            let outcome = perform(&file.file, medium, &op.action);
+            engine.handle_completion(op.id, outcome);
+            if let Some(at) = engine.merge_progress() {
+                progress((total - at.left_chunks) * chunk_bytes);
+            }
+        }
+        match engine.poll_event() {
+            Some(Event::Merged(_)) => return Ok(total),
+            Some(Event::MergeFailed(_, why)) => return Err(stopped(&disk, why)),
+            Some(Event::Invalid(id, why) | Event::Unmarked(id, why)) => {
+                let store = stores.iter().find(|(known, _)| *known == id);
+                let path = store.map_or(&disk.path, |(_, disk)| &disk.path);
+                tracing::error!("{}: the snapshot is lost: {why}", disks::shown(path));
+            }
+            Some(Event::MarkLost(id, _)) => {
+                let store = stores.iter().find(|(known, _)| *known == id);
+                let cow = settled(&store.expect("a store that was attached").1.path);
+                let marked = keeper.mark_lost(&settled(&disk.path), &cow);
+                engine.marked_lost(id, marked.is_ok_and(|marked| marked));
+            }
+            Some(_) => {}
+            None => {
+                return Err(stopped(
+                    &disk,
+                    "the store of another snapshot of the disk is full, and that snapshot would be lost: extend it, or give it up with --without",
+                ));
+            }
+        }
+    }
+}
+
+/// A merge that has stopped halfway: it can be gone on with.
+fn stopped(disk: &OpenDisk, why: &str) -> CowError {
+    CowError::Program {
+        program: "merge",
+        error: format!(
+            "{}: is a mixture of two times, and not to be used until the merge has gone on: {why}; then run the same command again",
+            disks::shown(&disk.path)
+        ),
+    }
+}
+
+/// The store is merged, and on the list no more.
+fn settle(keeper: &mut Keeper<SystemFiles>, next: State) -> Result<(), CowError> {
+    let mut change = keeper.begin(next, Vec::new()).map_err(records)?;
+    keeper.commit(&mut change).map_err(records)?;
+    keeper.finish(change).map_err(records)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "handed to map_err")]
+fn records(error: StateError) -> CowError {
+    CowError::Program {
+        program: "records",
+        error: error.to_string(),
+    }
+}

@@ -1,0 +1,26 @@
+//! `cow repair`: what it makes is sound.
+#![no_main]
+use libfuzzer_sys::fuzz_target;
+use nbdsnap::cow::repair::{self, Wanted};
+use nbdsnap::cow::{Reading, check};
+
+fuzz_target!(|data: &[u8]| {
+    let Some(case) = nbdsnap_fuzz::case(data) else {
+        return;
+    };
+    let output = nbdsnap_fuzz::output();
+    let wanted = Wanted {
+        cow: &case.cow,
+        origin: case.origin.as_deref(),
+        output: Some(&output),
+        force: false,
+        chunk_size: None,
+    };
+    if repair::run(wanted, &mut |_| {}).is_ok() {
+        let report = check::run(&output, case.origin.as_deref(), Reading::Alone, None);
+        assert!(
+            report.expect("readable").is_fine(),
+            "repaired, and not sound"
+        );
+    }
+});
