@@ -25,7 +25,8 @@ pub(crate) enum State {
     Active,
     /// It can be read; a write found no space in its PO store.
     Overflowed,
-    /// It is lost; the header that says so is on its way to the disk.
+    /// It is lost; the header that says so is on its way to the disk, or a mark
+    /// elsewhere.
     Invalidating(&'static str),
     /// It is lost, durably.
     Invalid,
@@ -44,6 +45,8 @@ pub(crate) enum InvalidHeader {
     Unwritten,
     /// Written, to be flushed.
     Written,
+    /// It cannot be made durable: the caller is asked for a mark elsewhere.
+    Impossible,
 }
 
 /// An exception between its allocation and its place in the table.
@@ -157,6 +160,11 @@ impl Snapshot {
         FILLING.iter().take_while(reached).count()
     }
 
+    /// It is lost, and a mark elsewhere is being made.
+    pub(crate) fn waits_for_mark(&self) -> bool {
+        matches!(self.state, State::Invalidating(_)) && self.header == InvalidHeader::Impossible
+    }
+
     /// It is one of the volume's views: clients may ask for it.
     pub(crate) fn is_there(&self) -> bool {
         !matches!(self.state, State::Creating | State::Removing)
@@ -229,9 +237,13 @@ impl Snapshot {
         all
     }
 
-    /// Whether every chunk of `start..end` has an exception.
+    /// Whether every chunk of `start..end` that the snapshot has has an exception.
     pub(crate) fn is_mapped(&self, start: u64, end: u64) -> bool {
         let mut all = true;
+        let end = end.min(self.origin_bytes);
+        if start >= end {
+            return all;
+        }
         self.each_run(start, end, |_, run| {
             all = matches!(run, Run::Mapped { .. });
             all

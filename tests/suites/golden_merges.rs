@@ -96,7 +96,9 @@ impl Pair {
         let id = volume.attach_merging(store);
         for count in 0..most {
             let Some(op) = volume.poll_disk_op() else {
-                assert_eq!(volume.poll_event(), Some(Event::Merged(id)));
+                let mut events = std::iter::from_fn(|| volume.poll_event());
+                let end = events.find(|event| !matches!(event, Event::MergeProgress(..)));
+                assert_eq!(end, Some(Event::Merged(id)));
                 return (count, true);
             };
             let device = match op.device {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nbdsnap_tests::harness::files::{folder, random_file};
 use nbdsnap_tests::harness::live::{attach, contents, done, listed, names, try_attach};
 use nbdsnap_tests::harness::process::{Running, run, wait_until};
-use nbdsnap_tests::harness::random::{Random, seed};
+use nbdsnap_tests::harness::random::{Random, long_run, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
 use rustix::process::Signal;
 
@@ -334,6 +334,22 @@ fn what_was_frozen_is_thawed_whatever_happens() {
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
         let _ = rustix::process::kill_process(pid, Signal::KILL);
     }
+    scene.server.stop();
+}
+
+/// As long as the control socket waits for a word, and longer.
+#[test]
+fn a_freeze_may_take_longer_than_the_servers_patience() {
+    if long_run().is_none() {
+        println!("only with NBDSNAP_LONG: it takes half a minute");
+        return;
+    }
+    let scene = Scene::new("long_freeze", &["disk"]);
+    let words = ["snapshot", "create", "disk@a", "--freeze", "sleep 33"];
+    let rest = ["--freeze-timeout", "60", "--thaw", "true"];
+    let mut create = scene.server.order_command(words.iter().chain(&rest));
+    let _ = run(&mut create).ok();
+    assert_eq!(names(&scene.done(&["snapshot", "list"])), ["disk@a"]);
     scene.server.stop();
 }
 

@@ -253,7 +253,7 @@ fn rubbish_is_answered_with_a_line_and_silence_with_nothing() {
         .permissions();
     assert_eq!(mode.mode() & 0o777, 0o600);
     let silent = scene.stranger();
-    let too_long = vec![b'x'; (256 << 10) + 1];
+    let too_long = vec![b'x'; nbdsnap::control::LINE_MAX + 1];
     for (rubbish, why) in [
         (&b"rubbish\n"[..], "not a line of the control protocol"),
         (b"\xff\xfe\x00\n", "not a line of the control protocol"),

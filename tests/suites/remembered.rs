@@ -5,8 +5,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nbdsnap::state::files::SystemFiles;
+use nbdsnap::state::keeper::Keeper;
+use nbdsnap::state::place::settled;
 use nbdsnap_tests::harness::files::{Fingerprint, folder, random_file};
-use nbdsnap_tests::harness::process::Running;
+use nbdsnap_tests::harness::process::{Running, wait_until};
 use nbdsnap_tests::harness::random::{Random, long_run, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
 use nbdsnap_tests::harness::wire::Session;
@@ -214,6 +217,80 @@ fn what_was_created_live_comes_back() {
     let mut moved = place.remembered(3);
     moved.disk("vm", &place.path("other.img"));
     refused_state(&moved, &["vm", "other.img"]);
+}
+
+#[test]
+fn a_lost_snapshot_is_listed_until_it_is_ended() {
+    let place = Place::new("lost");
+    let first = place.disk();
+    let server = first.start();
+    for name in ["vm@a", "vm@b"] {
+        order(
+            &server,
+            &format!("snapshot create {name} --chunk 4K --size 64K"),
+        );
+    }
+    for block in 0..30 {
+        write(&server, "vm", block * 4096, 3);
+    }
+    server.stop();
+    let (a, b) = (place.path("vm.img.a.cow"), place.path("vm.img.b.cow"));
+    let b_shown = b.to_str().expect("UTF-8");
+    let with_a = || {
+        let mut serve = place.disk();
+        serve.snapshot("vm@a", &a, "");
+        serve
+    };
+    refused(&place, &with_a(), &["'b'", "--without", b_shown]);
+    let mut without = with_a();
+    without.arg("--without").arg(&b);
+    let server = without.start();
+    let list = || std::fs::read_to_string(place.path("vm.img.nbdsnap")).unwrap_or_default();
+    assert!(list().contains("a.cow") && !list().contains("b.cow"));
+    order(&server, "snapshot remove vm@a --delete-cow");
+    assert_eq!(list(), "", "no store is left");
+    let said = server.stop();
+    for word in [
+        "a.cow",
+        "invalid",
+        "snapshot reset",
+        "snapshot remove",
+        "--without",
+    ] {
+        assert!(said.contains(word), "no '{word}' in: {said}");
+    }
+}
+
+#[test]
+fn a_store_that_the_list_says_is_lost_is_left_out_with_a_word() {
+    let place = Place::new("marked");
+    let mut first = place.disk();
+    let server = first.state(&place.path("state"), 0).start();
+    order(&server, "snapshot create vm@a");
+    server.stop();
+    let (disk, cow) = (place.path("vm.img"), place.path("vm.img.a.cow"));
+    let mut keeper = Keeper::open(SystemFiles, None).expect("records");
+    let marked = keeper.mark_lost(&settled(&disk), &settled(&cow));
+    assert!(
+        marked.expect("the list can be written"),
+        "it is on the list"
+    );
+    // As with everything that is only remembered, the server goes on without it.
+    let server = place.remembered(0).start();
+    wait_until("it says why it does not serve the volume", || {
+        server.stderr().contains("--without")
+    });
+    assert!(!has(&server, "vm"));
+    server.stop();
+    let mut without = place.remembered(1);
+    without.arg("--without").arg(&cow);
+    let server = without.start();
+    assert!(has(&server, "vm") && !has(&server, "vm@a"));
+    server.stop();
+    // It is not missed the next time.
+    let server = place.remembered(1).start();
+    assert!(has(&server, "vm") && !has(&server, "vm@a"));
+    server.stop();
 }
 
 /// The same as [`refused`] where the state folder's lock may appear.

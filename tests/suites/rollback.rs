@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nbdsnap_tests::harness::files::{folder, random_file};
 use nbdsnap_tests::harness::live::{attach, contents, done, names};
-use nbdsnap_tests::harness::process::{Running, wait_until};
+use nbdsnap_tests::harness::process::{Running, run, wait_until};
 use nbdsnap_tests::harness::random::{Random, long_run, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
 
@@ -166,9 +166,11 @@ fn kills(test: &str, memory: Memory) {
         );
         scene.write_some(&server, 12, 50);
 
-        let words = ["snapshot", "merge", "vm@then", "--background"];
+        let deletes = scene.random.one_in(2);
+        let mut words = vec!["snapshot", "merge", "vm@then", "--background"];
+        words.extend(deletes.then_some("--delete-cow"));
         let begun = Instant::now();
-        let mut order = Running::start(&mut server.order_command(words));
+        let mut order = Running::start(&mut server.order_command(&words));
         if scene.random.one_in(3) {
             std::thread::sleep(Duration::from_micros(scene.random.below(20_000)));
         } else {
@@ -205,9 +207,10 @@ fn kills(test: &str, memory: Memory) {
             after += usize::from(!goes_on);
         } else {
             before += 1;
-            done(&server, &["snapshot", "merge", "vm@then", "--background"]);
+            done(&server, &words);
             scene.disk.clone_from(&then);
         }
+        let ends_here = state_of(&server, "vm@then").is_some();
         // From the first instant on, and under whatever is copied behind it.
         assert!(
             contents(&server, "vm") == scene.disk,
@@ -233,7 +236,11 @@ fn kills(test: &str, memory: Memory) {
             &server,
             &["snapshot", "remove", "vm@sibling", "--delete-cow"],
         );
-        gone(&scene.path("vm.img.then.cow"));
+        let cow = scene.path("vm.img.then.cow");
+        if ends_here {
+            assert_eq!(!cow.exists(), deletes, "round {round}: the store's file");
+        }
+        gone(&cow);
     }
     println!(
         "{test}: {round} kills: {resumed} rollbacks went on, {after} were done, {before} had not begun"
@@ -251,6 +258,93 @@ fn a_rollback_goes_on_after_a_kill_by_the_state_folder() {
 #[test]
 fn a_rollback_goes_on_after_a_kill_by_the_disks_own_list() {
     kills("rollback_lists", Memory::Lists);
+}
+
+/// A disk large enough for a rollback of many steps, and a snapshot of it of which
+/// every chunk has been overwritten.
+fn large_rollback(scene: &Scene) -> Server {
+    const LARGE: u64 = 64 << 20;
+    let disk = scene.path("large.img");
+    std::fs::write(&disk, vec![1; LARGE as usize]).expect("a disk");
+    let server = scene.serve().disk("vm", &disk).start();
+    done(&server, &["snapshot", "create", "vm@then", "--chunk", "4K"]);
+    let mut client = attach(&server, "vm");
+    for at in (0..LARGE).step_by(MIB) {
+        client.write(at, &vec![2; MIB], false).expect("a write");
+    }
+    client.disconnect().expect("a farewell");
+    server
+}
+
+#[test]
+fn a_rollback_tells_how_far_it_is_by_events() {
+    let scene = Scene::new("rollback_events", Memory::Lists);
+    let server = large_rollback(&scene);
+    done(&server, &["snapshot", "merge", "vm@then"]);
+    let text = server.order(["events", "--json"]).ok().text();
+    let mut told = Vec::new();
+    for line in text.lines() {
+        let event: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let word = event["event"].as_str().expect("a word").to_owned();
+        if word.starts_with("merge") {
+            assert_eq!(
+                (&event["volume"], &event["snapshot"]),
+                (&"vm".into(), &"then".into())
+            );
+            told.push((word, event["percent"].as_u64()));
+        }
+    }
+    let tenths = (1..10).map(|tenth| ("merge-progress".to_owned(), Some(tenth * 10)));
+    let mut wanted = vec![("merge-begun".to_owned(), None)];
+    wanted.extend(tenths);
+    wanted.push(("merge-done".to_owned(), None));
+    assert_eq!(told, wanted);
+    server.stop();
+}
+
+#[test]
+fn a_rollback_shows_a_bar_on_a_terminal_and_nothing_in_a_pipe() {
+    let scene = Scene::new("rollback_bar", Memory::Lists);
+    let server = large_rollback(&scene);
+    let line = format!(
+        "{} snapshot merge vm@then --delete-cow --control {}",
+        nbdsnap_tests::harness::program::program().display(),
+        server.control().display()
+    );
+    let mut terminal = std::process::Command::new("script");
+    let shown = run(terminal.args(["-qec", &line, "/dev/null"])).ok().text();
+    let (before, rest) = shown.split_once("\r\x1b[K[").expect("a bar");
+    assert_eq!(before, "", "{shown:?}");
+    assert!(rest.contains("] ") && rest.contains(" %"), "{shown:?}");
+    let end = shown
+        .rsplit("\x1b[K")
+        .next()
+        .expect("the bar is wiped away");
+    assert_eq!(end.trim(), "vm@then: merged");
+    server.stop();
+
+    let server = large_rollback(&scene);
+    let piped = server.order(["snapshot", "merge", "vm@then", "--delete-cow"]);
+    assert_eq!(piped.stderr, "");
+    assert_eq!(piped.ok().text(), "vm@then: merged\n");
+    // Nobody waits for the end of it.
+    server.stop();
+    let server = large_rollback(&scene);
+    let words = ["snapshot", "merge", "vm@then", "--background"];
+    let background = server.order(words).ok();
+    assert_eq!(background.stderr, "");
+    assert!(background.text().starts_with("vm@then: "), "{background}");
+    // What is refused meanwhile is not written down either.
+    let again = ["snapshot", "merge", "vm@then", "--delete-cow"];
+    let again = server.order(again);
+    let list = std::fs::read_to_string(scene.path("large.img.nbdsnap")).unwrap_or_default();
+    assert!(
+        again.code == Some(1) && !list.contains("\"delete_cow\": true"),
+        "{again}: {list}"
+    );
+    wait_until("it is done", || state_of(&server, "vm@then").is_none());
+    assert!(scene.path("large.img.then.cow").exists());
+    server.stop();
 }
 
 #[test]

@@ -93,7 +93,8 @@ impl Server {
         .map_err(unsuitable("the disk"))?;
         let (socket, control) = (folder.join("nbd"), folder.join("control"));
         let mut child = Command::new(program)
-            .arg("serve")
+            // What it would log for each snapshot costs time too.
+            .args(["-q", "serve"])
             .arg(format!("disk={}", disk.display()))
             .arg("--listen")
             .arg(format!("unix:{}", socket.display()))

@@ -7,7 +7,7 @@ use nbdsnap_format::Header;
 use super::task::TaskId;
 use super::{Event, Purpose, Volume};
 use crate::disk::{Action, Device, DiskError, OpId, Outcome};
-use crate::request::{Failure, View};
+use crate::request::{Failure, SnapshotId, View};
 use crate::snapshot::{InvalidHeader, State, take_below};
 use crate::store::{AreaWrite, Growth};
 use crate::table::ExceptionTable;
@@ -88,9 +88,10 @@ impl Volume {
                     self.snapshots[index].header = InvalidHeader::Written;
                     self.flush_invalid_header(index);
                 }
-                Err(_) => self.invalidated(index, false),
+                Err(_) => self.ask_for_mark(index),
             },
-            Purpose::InvalidFlush(_) => self.invalidated(index, result.is_ok()),
+            Purpose::InvalidFlush(_) if result.is_err() => self.ask_for_mark(index),
+            Purpose::InvalidFlush(_) => self.invalidated(index, true),
             Purpose::AreaWrite(_) | Purpose::NextArea(_)
                 if self.snapshots[index].commit.is_none() =>
             {
@@ -219,8 +220,28 @@ impl Volume {
         }
     }
 
-    /// The header that says so is durable, or cannot be made so.
-    pub(super) fn invalidated(&mut self, index: usize, durable: bool) {
+    /// The header cannot be made to say so: somebody else has to.
+    pub(super) fn ask_for_mark(&mut self, index: usize) {
+        let snapshot = &mut self.snapshots[index];
+        let State::Invalidating(why) = snapshot.state else {
+            unreachable!("a snapshot is lost once");
+        };
+        snapshot.header = InvalidHeader::Impossible;
+        self.events.push_back(Event::MarkLost(snapshot.id, why));
+    }
+
+    /// The answer to [`Event::MarkLost`]: whether there is a durable mark by which
+    /// every later start knows that the snapshot is lost. One that has been removed
+    /// meanwhile needs none.
+    pub fn marked_lost(&mut self, id: SnapshotId, durable: bool) {
+        let index = self.index_of(id);
+        if let Some(index) = index.filter(|&index| self.snapshots[index].waits_for_mark()) {
+            self.invalidated(index, durable);
+        }
+    }
+
+    /// A mark that says so is durable, or cannot be made so.
+    fn invalidated(&mut self, index: usize, durable: bool) {
         let snapshot = &mut self.snapshots[index];
         let State::Invalidating(why) = snapshot.state else {
             unreachable!("a snapshot is lost once");

@@ -159,7 +159,7 @@ impl Volume {
             } else if ok {
                 self.flush_invalid_header(index);
             } else if snapshot.header == InvalidHeader::Written {
-                self.invalidated(index, false);
+                self.ask_for_mark(index);
             }
             return self.fail_all(requests);
         }

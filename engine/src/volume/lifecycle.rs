@@ -113,6 +113,7 @@ impl Volume {
             && self.instants.is_empty()
             && self.removals.is_empty()
             && self.merge_is_idle()
+            && !self.snapshots.iter().any(Snapshot::waits_for_mark)
             && self.snapshots.iter().all(settled)
     }
 

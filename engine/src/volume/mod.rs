@@ -99,7 +99,11 @@ pub enum Event {
     CreateFailed(SnapshotId),
     /// The snapshot was lost, for this reason.
     Invalid(SnapshotId, &'static str),
-    /// The same, and no disk could be made to say so: the origin takes no writes
+    /// The same, but its store cannot be made to say so: the caller makes a durable
+    /// mark elsewhere and answers with [`Volume::marked_lost`]. Until then writes of
+    /// the origin that would need a copy for it wait.
+    MarkLost(SnapshotId, &'static str),
+    /// The same, and there is no mark of it anywhere: the origin takes no writes
     /// any more, or a later start would serve a stale snapshot.
     Unmarked(SnapshotId, &'static str),
     /// A PO store is full: the snapshot can be read, but no more written.
@@ -123,6 +127,9 @@ pub enum Event {
     /// The origin reads as the snapshot from here on, and the snapshot takes no
     /// more requests; see [`Volume::begin_merge`].
     MergeBegun(SnapshotId),
+    /// So many percent of a merge's chunks have been copied: a tenth, or several, more
+    /// than was said last. Not said of the end.
+    MergeProgress(SnapshotId, u8),
     /// The store of the merged snapshot holds no exceptions any more, the origin
     /// is durable, and the id is gone.
     Merged(SnapshotId),

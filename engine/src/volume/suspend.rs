@@ -11,7 +11,7 @@ use super::lifecycle::Phase;
 use super::task::{TaskId, Work};
 use super::{Event, Volume};
 use crate::request::{Failure, View};
-use crate::snapshot::State;
+use crate::snapshot::{Snapshot, State};
 use crate::store::Commit;
 
 /// Whether requests are let in.
@@ -94,6 +94,7 @@ impl Volume {
         let settled = |commit: Option<&Commit>| commit.is_none_or(Commit::is_settled);
         self.runnable.is_empty()
             && self.merge_is_quiet()
+            && !self.snapshots.iter().any(Snapshot::waits_for_mark)
             && self.snapshots.iter().all(|s| settled(s.commit.as_ref()))
     }
 

@@ -22,6 +22,7 @@ use super::spec::{self, DiskSpec, SnapshotSpec};
 use crate::control;
 use crate::control::protocol::{Growth, WhenFull};
 use crate::disks::{self, Note, Opened, Plan, Taken, VolumeRequest};
+use crate::io::VolumeAccess;
 use crate::nbd::uri::ListenAddr;
 use crate::server;
 use crate::server::setup::{Defaults, Listener, OpenVolume, Setup};
@@ -74,8 +75,17 @@ pub(super) struct ServeArgs {
     ///
     /// Disks and stores are opened for reading only and locked against writers, but
     /// not against other readers.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "shared")]
     read_only: bool,
+
+    /// Only read the disks, of which several may be the same image; snapshots of them
+    /// can be written.
+    ///
+    /// For many copies of one image that cost only what they change. The image is
+    /// locked against writers, of this program and others, but not against other
+    /// readers. Writes to the disks themselves get EPERM.
+    #[arg(long)]
+    shared: bool,
 
     /// Take orders on the Unix socket PATH, which is made with mode 0600.
     ///
@@ -104,7 +114,7 @@ pub(super) struct ServeArgs {
     /// Threads that own volumes.
     ///
     /// A volume lives on one thread, with its clients. By default as many as there
-    /// are cores, and no more than there are volumes.
+    /// are cores, and without --control no more than there are volumes.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
@@ -139,8 +149,9 @@ COW stores:
                        up to what the disk can ever need, or to size=. A file of zeros
                        keeps its length as its first size. Zeros means: the first and
                        the last 128 KiB are.
-    a store            is opened, whoever made it (the kernel's dm-snapshot, LVM, this
-                       program): the snapshot goes on where it was.
+    a store            is opened, and the snapshot goes on where it was. One that the
+                       kernel's dm-snapshot or LVM made, or that was used elsewhere,
+                       needs 'adopt' the first time (below).
     anything else      is refused and left alone; the message says what it is.
   A store belongs to its disk: it must see every write to it. The disk's stores are
   listed in DISK.nbdsnap beside it (for a block device, in the folder of --state, else
@@ -190,6 +201,9 @@ Examples:
       --snapshot vm@a=/var/cow/a,chunk=64K --snapshot vm@b=/var/cow/b,chunk=64K,size=10G
   A writable copy for a test that nobody needs afterwards:
     nbdsnap serve disk.img --snapshot disk@try=/tmp/try.cow,transient
+  Three machines on one image, each with what it changes in a store of its own:
+    nbdsnap serve --shared vm1=base.img vm2=base.img vm3=base.img \\
+      --snapshot vm1@w=1.cow --snapshot vm2@w=2.cow --snapshot vm3@w=3.cow
   Look at a kernel's snapshot and change nothing:
     nbdsnap serve --read-only origin.img --snapshot origin@old=cow.img
   Attach as a block device:
@@ -218,6 +232,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         snapshots,
         listen,
         read_only,
+        shared,
         control,
         state,
         without,
@@ -226,6 +241,8 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         auto_extend,
         on_event,
     } = args;
+    raise_limit_of_open_files();
+    let access = VolumeAccess::from_words(read_only, shared);
     let control = match control {
         None if disks.is_empty() && state.is_none() => Some(control::default_path().ok_or_else(|| {
             Failure::Usage("without a DISK a server is of use only if it takes orders: name a socket with --control".into())
@@ -236,7 +253,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), Failure> {
         on_full: on_full.into(),
         auto_extend,
     };
-    let mut volumes = spec::assemble(disks, snapshots, read_only).map_err(Failure::usage)?;
+    let mut volumes = spec::assemble(disks, snapshots, access).map_err(Failure::usage)?;
     for snapshot in volumes.iter_mut().flat_map(|volume| &mut volume.snapshots) {
         snapshot.behaviour = Some(defaults);
     }
@@ -280,9 +297,24 @@ fn socket_paths(setup: &Setup) -> Vec<PathBuf> {
     paths.collect()
 }
 
-fn default_threads(volumes: usize) -> usize {
+fn default_threads(volumes: usize, takes_orders: bool) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if takes_orders {
+        // More may come.
+        return cores;
+    }
     cores.min(volumes).max(1)
+}
+
+/// A volume with a snapshot has two files open, and each client a socket: as many as
+/// the system lets us, not the few that programs have by tradition.
+fn raise_limit_of_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!("the limit of open files stays as it is: {errno}");
+    }
 }
 
 /// What was asked for.
@@ -316,7 +348,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
     let offered = plan.offered();
     let threads = wanted
         .threads
-        .unwrap_or_else(|| default_threads(offered.len()));
+        .unwrap_or_else(|| default_threads(offered.len(), wanted.control.is_some()));
     let next = admission::state_with(&keeper, offered.iter().map(Into::into).collect());
     let files = admission::files_to_make(offered.iter().flat_map(|volume| &volume.stores));
     let mut change = keeper.begin(next, files).map_err(Failure::refused)?;
@@ -324,7 +356,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
         keeper: &mut keeper,
         change: &mut change,
     };
-    let carried_out = plan.carry_out(&mut taken, &mut making);
+    let carried_out = plan.carry_out(&mut making);
     let records = Records {
         keeper,
         change: Some(change),
@@ -336,6 +368,7 @@ pub(super) fn make_ready(wanted: Wanted<'_>) -> Result<Ready, Failure> {
             return Err(Failure::refused(refusal));
         }
     };
+    opened.note(&mut taken);
     let Opened { volumes, notes } = opened;
     for note in notes {
         match note {
@@ -382,38 +415,43 @@ fn plan(
     for volume in &plan.offered() {
         admission::admit(keeper, volume, without).map_err(Failure::refused)?;
     }
-    for request in remembered {
-        let name = request.name.clone();
-        let remembered = admission::as_listed(keeper, vec![request])
-            .map_err(|error| error.to_string())
-            .and_then(|requests| {
-                remember(keeper, &mut plan, requests, without, taken)
-                    .map_err(|refusal| refusal.to_string())
-            });
-        if let Err(why) = remembered {
-            tracing::error!("{name} is not served: {why}");
+    // All together, which is faster by far; if one of them cannot be, each by itself.
+    if remember(keeper, &mut plan, remembered.clone(), without, taken).is_err() {
+        for request in remembered {
+            let name = request.name.clone();
+            if let Err(why) = remember(keeper, &mut plan, vec![request], without, taken) {
+                tracing::error!("{name} is not served: {why}");
+            }
         }
     }
     Ok(plan)
 }
 
-/// Add a volume that the records name.
+/// Add volumes that the records name, all or none.
 fn remember(
     keeper: &Keeper<SystemFiles>,
     plan: &mut Plan,
-    mut requests: Vec<VolumeRequest>,
+    requests: Vec<VolumeRequest>,
     without: &[PathBuf],
     taken: &mut Taken,
-) -> Result<(), disks::Refusal> {
+) -> Result<(), String> {
+    let mut requests = admission::as_listed(keeper, requests).map_err(|error| error.to_string())?;
     let given_up: Vec<PathBuf> = without.iter().map(|path| settled(path)).collect();
     for request in &mut requests {
         let snapshots = &mut request.snapshots;
         snapshots.retain(|snapshot| !given_up.contains(&settled(&snapshot.cow)));
     }
-    plan.add(requests, taken)?;
-    let offered = plan.offered();
-    let volume = offered.last().expect("it was added just now");
-    admission::admit(keeper, volume, without).inspect_err(|_| plan.drop_last(taken))
+    let count = requests.len();
+    plan.add(requests, taken)
+        .map_err(|refusal| refusal.to_string())?;
+    let offered = plan.last_offered(count);
+    let admitted = offered
+        .iter()
+        .try_for_each(|volume| admission::admit(keeper, volume, without));
+    admitted.map_err(|refusal| {
+        plan.drop_last(count, taken);
+        refusal.to_string()
+    })
 }
 
 /// A volume that was asked for has the snapshots that the records name too. What

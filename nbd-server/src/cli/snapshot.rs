@@ -13,7 +13,6 @@ use super::orders::{
     parse_snapshot, print, print_json, rough_size, rough_span, table,
 };
 use super::size;
-use crate::control::client::ControlClient;
 use crate::control::protocol::{
     Answer, Growth, Kind, Order, Selection, SnapshotCreate, SnapshotExtend, SnapshotName,
     SnapshotRemove, SnapshotRename, SnapshotReport, SnapshotReset, SnapshotState, StoreLimit,
@@ -168,10 +167,12 @@ pub(super) fn run(args: SnapshotArgs) -> Result<(), Failure> {
     let SnapshotArgs { verb, server } = args;
     match verb {
         SnapshotVerb::Create(args) => {
-            let client = server.connect()?;
+            // Nothing is frozen for a server that is not there. It does not wait for
+            // as long as a freeze may take: the order has a connection of its own.
+            drop(server.connect()?);
             let patience = Duration::from_secs(args.freeze_timeout);
             let frozen = Frozen::new(args.freeze.as_deref(), args.thaw.as_deref(), patience)?;
-            let taken = create(args).and_then(|order| ask_on(client, order));
+            let taken = create(args).and_then(|order| ask(&server, order));
             let thawed = frozen.thaw();
             let reports = taken?;
             thawed?;
@@ -264,11 +265,7 @@ fn list(args: SelectArgs) -> Order {
 }
 
 fn ask(server: &ToServer, order: Order) -> Result<Vec<SnapshotReport>, Failure> {
-    ask_on(server.connect()?, order)
-}
-
-fn ask_on(mut client: ControlClient, order: Order) -> Result<Vec<SnapshotReport>, Failure> {
-    match client.order(order).map_err(Failure::refused)? {
+    match server.order(order)? {
         Answer::Snapshots(reports) => Ok(reports),
         _ => Err(beside_the_point()),
     }

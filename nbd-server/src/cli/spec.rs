@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use nbdsnap_engine::StoreKind;
 
 use super::size::{self, SizeError};
-use crate::disks::{SnapshotRequest, VolumeRequest, shown};
+use crate::disks::{Known, SnapshotRequest, VolumeRequest, shown};
+use crate::io::VolumeAccess;
 use crate::names;
 
 /// `[NAME=]DISK`.
@@ -228,7 +229,7 @@ impl Options {
 pub(super) fn assemble(
     disks: Vec<DiskSpec>,
     snapshots: Vec<SnapshotSpec>,
-    read_only: bool,
+    access: VolumeAccess,
 ) -> Result<Vec<VolumeRequest>, SpecError> {
     let mut volumes: Vec<VolumeRequest> = Vec::new();
     for DiskSpec { name, path } in disks {
@@ -238,19 +239,15 @@ pub(super) fn assemble(
         volumes.push(VolumeRequest {
             name,
             path,
-            read_only,
+            access,
             snapshots: Vec::new(),
         });
     }
     for snapshot in snapshots {
-        let known: Vec<String> = volumes
-            .iter()
-            .map(|volume| format!("'{}'", volume.name))
-            .collect();
-        let Some(volume) = volumes
-            .iter_mut()
-            .find(|volume| volume.name == snapshot.volume)
-        else {
+        let here = |volume: &VolumeRequest| volume.name == snapshot.volume;
+        let Some(place) = volumes.iter().position(here) else {
+            let known = volumes.iter().map(|volume| format!("'{}'", volume.name));
+            let known: Vec<String> = known.collect();
             return Err(SpecError::NoVolume {
                 volume: snapshot.volume,
                 name: snapshot.name,
@@ -261,6 +258,7 @@ pub(super) fn assemble(
                 },
             });
         };
+        let volume = &mut volumes[place];
         if let Some(first) = volume
             .snapshots
             .iter()
@@ -280,8 +278,7 @@ pub(super) fn assemble(
             format: snapshot.format,
             adopt: snapshot.adopt,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: None,
         });
     }
@@ -485,7 +482,7 @@ mod tests {
         let volumes = assemble(
             disks(&["a.img", "b.img"]),
             snapshots(&["b@s=1", "a@s=2", "b@t=3"]),
-            true,
+            VolumeAccess::ReadOnly,
         )
         .unwrap();
         let names: Vec<Vec<&str>> = volumes
@@ -493,12 +490,28 @@ mod tests {
             .map(|volume| volume.snapshots.iter().map(|s| s.name.as_str()).collect())
             .collect();
         assert_eq!(names, [vec!["s"], vec!["s", "t"]]);
-        assert!(volumes.iter().all(|volume| volume.read_only));
-        let same = assemble(disks(&["x/a.img", "y/a.raw"]), vec![], false);
+        assert!(
+            volumes
+                .iter()
+                .all(|volume| volume.access == VolumeAccess::ReadOnly)
+        );
+        let same = assemble(
+            disks(&["x/a.img", "y/a.raw"]),
+            vec![],
+            VolumeAccess::ReadWrite,
+        );
         assert!(matches!(same, Err(SpecError::SameName { .. })));
-        let same = assemble(disks(&["a.img"]), snapshots(&["a@s=1", "a@s=2"]), false);
+        let same = assemble(
+            disks(&["a.img"]),
+            snapshots(&["a@s=1", "a@s=2"]),
+            VolumeAccess::ReadWrite,
+        );
         assert!(matches!(same, Err(SpecError::SameName { .. })));
-        let none = assemble(disks(&["a.img"]), snapshots(&["b@s=1"]), false);
+        let none = assemble(
+            disks(&["a.img"]),
+            snapshots(&["b@s=1"]),
+            VolumeAccess::ReadWrite,
+        );
         assert!(matches!(none, Err(SpecError::NoVolume { .. })));
     }
 }

@@ -1,5 +1,6 @@
 //! `nbdsnap volume`: the volumes of a running server.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueHint};
@@ -12,7 +13,7 @@ use super::serve::{disk_parser, snapshot_parser};
 use super::spec::{DiskSpec, SnapshotSpec};
 use crate::control::protocol::{
     Answer, Order, Resume, StoreToServe, Suspend, VolumeAdd, VolumeRemove, VolumeReport,
-    VolumeResize,
+    VolumeResize, VolumesAdd, VolumesRemove,
 };
 
 /// Look after the volumes of a running server.
@@ -90,33 +91,47 @@ pub(super) fn resume(args: ResumeArgs) -> Result<(), Failure> {
     })
 }
 
-/// Serve one more disk, with its snapshots.
+/// Serve more disks, with their snapshots: all that are named, or none.
 ///
 /// As with 'nbdsnap serve': a store that exists goes on, one that does not is made,
-/// and its snapshot begins now.
+/// and its snapshot begins now. Many disks in one order are much faster than one by
+/// one.
 #[derive(Debug, Args)]
+#[command(after_long_help = ADD_MORE)]
 struct AddArgs {
     /// A disk image or block device; NAME is the export's name, without it the
     /// file's name less its last extension.
-    #[arg(value_name = "[NAME=]DISK", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
-    disk: DiskSpec,
-    /// A snapshot of it, as with 'nbdsnap serve'.
+    #[arg(value_name = "[NAME=]DISK", required = true, value_hint = ValueHint::FilePath, value_parser = disk_parser())]
+    disks: Vec<DiskSpec>,
+    /// A snapshot of one of them, as with 'nbdsnap serve'.
     #[arg(long = "snapshot", value_name = "VOLUME@NAME=COW[,OPTION]...", value_parser = snapshot_parser())]
     snapshots: Vec<SnapshotSpec>,
-    /// Change nothing, neither the disk nor its stores.
-    #[arg(long)]
+    /// Change nothing, neither the disks nor their stores.
+    #[arg(long, conflicts_with = "shared")]
     read_only: bool,
+    /// Only read the disks. Several volumes, of several servers too, may have the
+    /// same one, and each its own snapshots, which can be written.
+    #[arg(long)]
+    shared: bool,
     /// Write to the disk without its store COW: that snapshot is given up.
     #[arg(long, value_name = "COW", value_hint = ValueHint::FilePath)]
     without: Vec<PathBuf>,
 }
 
-/// Serve a disk, and its snapshots, no longer. Their files stay.
+const ADD_MORE: &str = "\
+Examples:
+  A thousand volumes on one image, each with a writable snapshot (in bash):
+    forks=(fork{1..1000}=base.img)
+    for i in {1..1000}; do forks+=(--snapshot fork$i@w=/var/forks/$i.cow); done
+    nbdsnap volume add --shared \"${forks[@]}\"
+";
+
+/// Serve disks, and their snapshots, no longer. Their files stay.
 #[derive(Debug, Args)]
 struct RemoveArgs {
-    /// The volume.
-    #[arg(value_name = "VOLUME", value_parser = parse_name)]
-    name: String,
+    /// The volumes: all of them go, or none.
+    #[arg(value_name = "VOLUME", required = true, value_parser = parse_name)]
+    names: Vec<String>,
     /// Even while clients are attached: they are dropped.
     #[arg(long)]
     force: bool,
@@ -145,8 +160,11 @@ pub(super) fn run(args: VolumeArgs) -> Result<(), Failure> {
                 format!("{}: has {}\n", one.name, super::size::show(one.bytes))
             })
         }
-        VolumeVerb::Remove(RemoveArgs { name, force }) => {
-            let order = Order::VolumeRemove(VolumeRemove { name, force });
+        VolumeVerb::Remove(RemoveArgs { names, force }) => {
+            let order = match <[String; 1]>::try_from(names) {
+                Ok([name]) => Order::VolumeRemove(VolumeRemove { name, force }),
+                Err(names) => Order::VolumesRemove(VolumesRemove { names, force }),
+            };
             let volumes = ask(&server, order)?;
             show(&server, &volumes, |one| {
                 format!("{}: not served any more\n", one.name)
@@ -156,16 +174,33 @@ pub(super) fn run(args: VolumeArgs) -> Result<(), Failure> {
 }
 
 fn add(args: AddArgs) -> Result<Order, Failure> {
-    let volume = args.disk.name.clone();
-    let mut snapshots = Vec::new();
+    let without: Result<Vec<PathBuf>, Failure> =
+        args.without.iter().map(|path| absolute(path)).collect();
+    let without = without?;
+    let mut volumes = Vec::new();
+    let mut places = BTreeMap::new();
+    for disk in args.disks {
+        places.insert(disk.name.clone(), volumes.len());
+        volumes.push(VolumeAdd {
+            disk: absolute(&disk.path)?,
+            name: disk.name,
+            read_only: args.read_only,
+            shared: args.shared,
+            snapshots: Vec::new(),
+            without: without.clone(),
+        });
+    }
     for spec in args.snapshots {
-        if spec.volume != volume {
+        let Some(&place) = places.get(&spec.volume) else {
+            let known: Vec<&str> = places.keys().map(String::as_str).collect();
             return Err(Failure::Usage(format!(
-                "the snapshot {}@{} is not one of {volume}",
-                spec.volume, spec.name
+                "the snapshot {}@{} is not one of {}",
+                spec.volume,
+                spec.name,
+                known.join(", ")
             )));
-        }
-        snapshots.push(StoreToServe {
+        };
+        volumes[place].snapshots.push(StoreToServe {
             cow: absolute(&spec.cow)?,
             snapshot: spec.name,
             size_bytes: spec.size,
@@ -176,15 +211,10 @@ fn add(args: AddArgs) -> Result<Order, Failure> {
             adopt: spec.adopt,
         });
     }
-    let without: Result<Vec<PathBuf>, Failure> =
-        args.without.iter().map(|path| absolute(path)).collect();
-    Ok(Order::VolumeAdd(VolumeAdd {
-        name: volume,
-        disk: absolute(&args.disk.path)?,
-        read_only: args.read_only,
-        snapshots,
-        without: without?,
-    }))
+    Ok(match <[VolumeAdd; 1]>::try_from(volumes) {
+        Ok([one]) => Order::VolumeAdd(one),
+        Err(volumes) => Order::VolumesAdd(VolumesAdd { volumes }),
+    })
 }
 
 fn ask(server: &ToServer, order: Order) -> Result<Vec<VolumeReport>, Failure> {
@@ -213,10 +243,10 @@ fn volumes_table(volumes: &[VolumeReport]) -> String {
             vec![
                 one.name.clone(),
                 rough_size(Some(one.bytes)),
-                if one.read_only {
-                    "read-only"
-                } else {
-                    "read-write"
+                match (one.shared, one.read_only) {
+                    (true, _) => "shared",
+                    (false, true) => "read-only",
+                    (false, false) => "read-write",
                 }
                 .into(),
                 one.snapshots.len().to_string(),

@@ -80,7 +80,7 @@ impl ControlClient {
     fn next_line(&mut self) -> io::Result<Option<String>> {
         let mut line = String::new();
         // Answers may be longer than orders: a thousand snapshots, each with its state.
-        let most = (LINE_MAX as u64) << 10;
+        let most = (LINE_MAX as u64) << 8;
         self.stream.by_ref().take(most).read_line(&mut line)?;
         Ok(line.ends_with('\n').then_some(line))
     }

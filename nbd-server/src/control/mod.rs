@@ -21,8 +21,9 @@ mod reports;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Bytes that a line may have, its end included.
-pub const LINE_MAX: usize = 256 << 10;
+/// Bytes that a line may have, its end included: a few thousand volumes are added by
+/// one order.
+pub const LINE_MAX: usize = 1 << 20;
 /// A client that has said nothing for so long is dropped.
 pub const SILENCE: Duration = Duration::from_secs(30);
 /// Connections at once.

@@ -76,8 +76,13 @@ pub enum Order {
     VolumeList,
     /// Serve one more disk. Answer: [`Answer::Volumes`].
     VolumeAdd(VolumeAdd),
+    /// Serve several, all of them or none. Answer: [`Answer::Volumes`].
+    VolumesAdd(VolumesAdd),
     /// Serve a disk no longer. Answer: [`Answer::Volumes`], as it was.
     VolumeRemove(VolumeRemove),
+    /// Serve several no longer, all of them or none. Answer: [`Answer::Volumes`], as
+    /// they were.
+    VolumesRemove(VolumesRemove),
     /// Tell of clients. Answer: [`Answer::Clients`].
     Clients,
     /// Part with a client. Answer: [`Answer::Clients`], as it was.
@@ -155,12 +160,24 @@ pub struct VolumeAdd {
     /// Change nothing, neither the disk nor its stores.
     #[serde(default)]
     pub read_only: bool,
+    /// Only read the disk, which other volumes may have too; snapshots of it can be
+    /// taken and written.
+    #[serde(default)]
+    pub shared: bool,
     /// Its snapshots.
     #[serde(default)]
     pub snapshots: Vec<StoreToServe>,
     /// Stores of the disk that are given up: it is written without them.
     #[serde(default)]
     pub without: Vec<PathBuf>,
+}
+
+/// Serve several disks more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumesAdd {
+    /// All of them are served, or none.
+    pub volumes: Vec<VolumeAdd>,
 }
 
 /// A snapshot that comes with its volume, as with `serve --snapshot`.
@@ -197,6 +214,17 @@ pub struct StoreToServe {
 pub struct VolumeRemove {
     /// Which.
     pub name: String,
+    /// Even while clients are attached: they are dropped.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Serve several disks no longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumesRemove {
+    /// Which.
+    pub names: Vec<String>,
     /// Even while clients are attached: they are dropped.
     #[serde(default)]
     pub force: bool,

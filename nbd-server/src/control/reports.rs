@@ -38,7 +38,7 @@ pub struct SnapshotReport {
     pub kind: Kind,
     /// Writes to it are refused.
     pub read_only: bool,
-    /// When it was taken; null if that was before this server started.
+    /// When it was taken; null if nobody has written that down.
     pub taken_at: Option<u64>,
     /// Its size.
     pub bytes: u64,
@@ -110,6 +110,9 @@ pub struct VolumeReport {
     pub bytes: u64,
     /// Writes to it are refused.
     pub read_only: bool,
+    /// Its disk is only read, and other volumes may have it too.
+    #[serde(default)]
+    pub shared: bool,
     /// It stands still until it is resumed.
     pub suspended: bool,
     /// Its snapshots' exports, in the order in which they are served.
@@ -158,7 +161,7 @@ pub struct EventReport {
     pub volume: Option<String>,
     /// The snapshot of it, by its own name.
     pub snapshot: Option<String>,
-    /// How full a store is.
+    /// How full a store is, or how much of a merge is done.
     pub percent: Option<u64>,
     /// The client, by its id.
     pub client: Option<u64>,
@@ -200,6 +203,8 @@ pub enum EventKind {
     MergeCancelled,
     /// A disk has been rolled back to a snapshot.
     MergeBegun,
+    /// A tenth more of a merge, or several, is done: so many percent.
+    MergeProgress,
     /// A merge is done, and the snapshot gone.
     MergeDone,
     /// A merge has stopped on an error.
@@ -235,6 +240,7 @@ impl EventKind {
             Self::MergeWaiting => "merge-waiting",
             Self::MergeCancelled => "merge-cancelled",
             Self::MergeBegun => "merge-begun",
+            Self::MergeProgress => "merge-progress",
             Self::MergeDone => "merge-done",
             Self::MergeFailed => "merge-failed",
             Self::VolumeAdded => "volume-added",

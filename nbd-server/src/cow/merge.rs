@@ -14,12 +14,16 @@
 
 use std::path::{Path, PathBuf};
 
-use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, Volume, VolumeConfig};
+use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, VolumeConfig};
 
 use super::open::disk_bytes;
 use super::{CowError, CowStore, Reading};
-use crate::disks::{self, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest};
+use crate::disks::{
+    self, Known, Merging, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest,
+};
+use crate::io::VolumeAccess;
 use crate::io::file::{Medium, perform};
+use crate::law;
 use crate::server::setup::{OpenDisk, OpenVolume};
 use crate::state::admission;
 use crate::state::attached::{Attached, Mark};
@@ -71,7 +75,7 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
     merged.remove_snapshot(VOLUME, &name);
 
     let mut change = keeper.begin(merging, Vec::new()).map_err(records)?;
-    let Opened { volumes, .. } = match plan.carry_out(&mut taken, &mut Unrecorded) {
+    let Opened { volumes, .. } = match plan.carry_out(&mut Unrecorded) {
         Ok(opened) => opened,
         Err(refusal) => {
             keeper.abandon(change).map_err(records)?;
@@ -83,7 +87,7 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
     keeper.finish(change).map_err(records)?;
     let mut chunks = 0;
     for volume in volumes {
-        chunks += merge(volume, &name, progress)?;
+        chunks += merge(volume, &name, &mut keeper, progress)?;
     }
     settle(&mut keeper, merged)?;
     Ok(chunks)
@@ -126,14 +130,15 @@ fn plan(
     let request = VolumeRequest {
         name: VOLUME.to_owned(),
         path: wanted.origin.to_owned(),
-        read_only: false,
+        access: VolumeAccess::ReadWrite,
         snapshots: std::iter::once(request(name, wanted.cow, wanted.adopt))
             .chain(siblings)
             .collect(),
     };
     let mut requests = admission::as_listed(keeper, vec![request]).map_err(records)?;
     for snapshot in requests.iter_mut().flat_map(|one| &mut one.snapshots) {
-        snapshot.merging = snapshot.name == name;
+        let delete_cow = snapshot.known.merging.is_some_and(|merge| merge.delete_cow);
+        snapshot.known.merging = (snapshot.name == name).then_some(Merging { delete_cow });
     }
     Ok(disks::inspect(requests, taken)?)
 }
@@ -149,18 +154,22 @@ fn request(name: &str, cow: &Path, adopt: bool) -> SnapshotRequest {
         format: false,
         adopt,
         must_exist: true,
-        merging: false,
-        bytes: None,
+        known: Known::default(),
         behaviour: None,
     }
 }
 
 /// Have the engine merge, and do what it wants of the disks.
-fn merge(volume: OpenVolume, name: &str, progress: &mut dyn FnMut(u64)) -> Result<u64, CowError> {
+fn merge(
+    volume: OpenVolume,
+    name: &str,
+    keeper: &mut Keeper<SystemFiles>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<u64, CowError> {
     let OpenVolume {
         disk, snapshots, ..
     } = volume;
-    let mut engine = Volume::new(VolumeConfig {
+    let mut engine = law::new_volume(VolumeConfig {
         origin_bytes: disk.bytes,
         copy_memory: STEP,
         copy_piece: PIECE,
@@ -206,6 +215,15 @@ fn merge(volume: OpenVolume, name: &str, progress: &mut dyn FnMut(u64)) -> Resul
                 let store = stores.iter().find(|(known, _)| *known == id);
                 let path = store.map_or(&disk.path, |(_, disk)| &disk.path);
                 tracing::error!("{}: the snapshot is lost: {why}", disks::shown(path));
+            }
+            Some(Event::MarkLost(id, _)) => {
+                let store = stores.iter().find(|(known, _)| *known == id);
+                let cow = store.map_or(&disk.path, |(_, disk)| &disk.path);
+                let marked = keeper.mark_lost(&settled(&disk.path), &settled(cow));
+                if let Err(error) = &marked {
+                    tracing::error!("the loss of a snapshot is not marked: {error}");
+                }
+                engine.marked_lost(id, marked.unwrap_or(false));
             }
             Some(_) => {}
             None => {

@@ -14,6 +14,7 @@ use super::signature::{self, Contents};
 use super::store_io::StoreDisk;
 use super::{Cause, Note, Refusal, SnapshotRequest, shown};
 use crate::cli::size;
+use crate::io::VolumeAccess;
 use crate::law;
 use crate::server::setup::OpenDisk;
 
@@ -25,6 +26,11 @@ const LEAST_CHUNKS: u64 = 3;
 /// small enough that the zeros are written in a moment.
 const GROWTH_STEP: u64 = 16 << 20;
 
+/// A store of a shared origin begins with so much, or with one chunk more than
+/// [`LEAST_CHUNKS`], and grows by so much, or by what it has when it is opened: there
+/// may be a thousand of them, and most stay small.
+const FIRST_OF_MANY: u64 = 256 << 10;
+
 /// The origin, as a store's plan needs it.
 #[derive(Clone, Debug)]
 pub struct Origin {
@@ -34,19 +40,24 @@ pub struct Origin {
     pub bytes: u64,
     /// The smallest unit of I/O that it takes.
     pub logical_block: u32,
-    /// Nothing may change, on it or on any store of it.
-    pub read_only: bool,
+    /// What may change, on it and on its stores.
+    pub access: VolumeAccess,
 }
 
 impl Origin {
     /// What plans need to know of `disk`.
-    pub fn of(disk: &OpenDisk, read_only: bool) -> Self {
+    pub fn of(disk: &OpenDisk, access: VolumeAccess) -> Self {
         Self {
             path: disk.path.clone(),
             bytes: disk.bytes,
             logical_block: disk.logical_block,
-            read_only,
+            access,
         }
+    }
+
+    /// Not a byte of its stores may change.
+    fn freezes_stores(&self) -> bool {
+        !self.access.writes_stores()
     }
 }
 
@@ -93,7 +104,7 @@ pub(super) fn plan(
     notes: &mut Vec<Note>,
 ) -> Result<PlannedCow, Refusal> {
     let chunk = chosen_chunk(wanted)?;
-    if origin.read_only && wanted.kind == StoreKind::Transient {
+    if origin.freezes_stores() && wanted.kind == StoreKind::Transient {
         return Err(Refusal::new(&wanted.cow, Cause::ReadOnlyTransient));
     }
     let disk = match found {
@@ -113,7 +124,7 @@ pub(super) fn plan(
         }
         Contents::Empty => plan_new(wanted, origin, chunk, Place::Empty(disk), notes),
         Contents::Store => plan_store(wanted, origin, chunk, disk, notes),
-        Contents::Other(what) if wanted.format && !origin.read_only => {
+        Contents::Other(what) if wanted.format && !origin.freezes_stores() => {
             notes.push(Note::Warning(format!(
                 "{}: overwritten, as ',format' asks; it held {what}",
                 shown(&disk.path)
@@ -167,7 +178,7 @@ fn plan_store(
     disk: OpenDisk,
     notes: &mut Vec<Note>,
 ) -> Result<PlannedCow, Refusal> {
-    let overwrite = wanted.format && !origin.read_only;
+    let overwrite = wanted.format && !origin.freezes_stores();
     let in_header = match header_chunk(&disk) {
         Ok(chunk) => chunk,
         Err(cause @ Cause::Header(_)) if overwrite => {
@@ -220,11 +231,11 @@ fn open_store(
     if wanted.size.is_some() && disk.is_block_device {
         return Err(Refusal::new(&disk.path, Cause::SizeOfDevice));
     }
-    if !origin.read_only {
+    if !origin.freezes_stores() {
         read_from_the_disk(&disk)
             .map_err(|error| Refusal::io(&disk.path, "flushing it", &error))?;
     }
-    let size = if disk.is_block_device || origin.read_only {
+    let size = if disk.is_block_device || origin.freezes_stores() {
         fixed(disk.bytes)
     } else {
         let room = Room {
@@ -236,7 +247,7 @@ fn open_store(
         StoreSize {
             ready: disk.bytes,
             limit: room.limit(notes)?,
-            step: step(in_header),
+            step: step(origin, in_header, disk.bytes),
         }
     };
     let origin_bytes = wanted.length(origin);
@@ -261,11 +272,11 @@ fn open_store(
     }
     if store.is_invalid() {
         notes.push(Note::Warning(format!(
-            "{path}: this snapshot is invalid: it was lost in an earlier run, and reading it fails"
+            "{path}: this snapshot is invalid: it was lost in an earlier run, and reading it fails; take it anew ('nbdsnap snapshot reset'), or end it ('snapshot remove', or --without {path} at a start)"
         )));
     }
     match store.torn_area() {
-        Some(area) if origin.read_only => {
+        Some(area) if origin.freezes_stores() => {
             notes.push(Note::Warning(format!(
                 "{path}: area {area} was torn by a power cut; it is served as it would be repaired, and left as it is (--read-only)"
             )));
@@ -304,7 +315,7 @@ fn plan_new(
     place: Place,
     notes: &mut Vec<Note>,
 ) -> Result<PlannedCow, Refusal> {
-    if origin.read_only {
+    if origin.freezes_stores() {
         return Err(Refusal::new(&wanted.cow, Cause::ReadOnlyMakes));
     }
     let chunk = chunk.unwrap_or(ChunkSize::DEFAULT);
@@ -324,6 +335,10 @@ fn plan_new(
         chunk,
         present,
     };
+    let first = match origin.access {
+        VolumeAccess::Shared => FIRST_OF_MANY.max((LEAST_CHUNKS + 1) * chunk.bytes()),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => step(origin, chunk, present),
+    };
     let size = if is_block_device {
         if wanted.size.is_some() {
             return Err(Refusal::new(&wanted.cow, Cause::SizeOfDevice));
@@ -333,9 +348,9 @@ fn plan_new(
     } else {
         let limit = room.limit(notes)?;
         StoreSize {
-            ready: room.first(limit),
+            ready: room.first(limit, first),
             limit,
-            step: step(chunk),
+            step: step(origin, chunk, present),
         }
     };
     let spec = StoreSpec {
@@ -355,8 +370,12 @@ fn fixed(bytes: u64) -> StoreSize {
     }
 }
 
-fn step(chunk: ChunkSize) -> u64 {
-    GROWTH_STEP.max(LEAST_CHUNKS * chunk.bytes())
+fn step(origin: &Origin, chunk: ChunkSize, present: u64) -> u64 {
+    let step = match origin.access {
+        VolumeAccess::Shared => present.clamp(FIRST_OF_MANY, GROWTH_STEP),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => GROWTH_STEP,
+    };
+    step.max(LEAST_CHUNKS * chunk.bytes())
 }
 
 /// Bytes of a store in which every chunk of its origin has an exception.
@@ -430,12 +449,12 @@ impl Room<'_> {
 
     /// The size a new store's file is made with. One that was there before, with
     /// room for a store, keeps its size.
-    fn first(&self, limit: u64) -> u64 {
+    fn first(&self, limit: u64, wanted: u64) -> u64 {
         if self.chunk.whole_chunks(self.present) >= LEAST_CHUNKS {
             self.present
         } else {
-            let step = step(self.chunk).next_multiple_of(self.chunk.bytes());
-            limit.min(step.max(self.present))
+            let wanted = wanted.next_multiple_of(self.chunk.bytes());
+            limit.min(wanted.max(self.present))
         }
     }
 }

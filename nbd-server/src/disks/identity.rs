@@ -51,6 +51,8 @@ impl Identity {
 pub(super) enum Role {
     /// The origin of a volume, by its name.
     Origin(String),
+    /// The same, of one that several volumes may have.
+    SharedOrigin(String),
     /// The COW store of `volume@snapshot`.
     Cow(String),
 }
@@ -58,7 +60,9 @@ pub(super) enum Role {
 impl std::fmt::Display for Role {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Origin(volume) => write!(f, "the origin of {volume}"),
+            Self::Origin(volume) | Self::SharedOrigin(volume) => {
+                write!(f, "the origin of {volume}")
+            }
             Self::Cow(snapshot) => write!(f, "the COW store of {snapshot}"),
         }
     }
@@ -78,7 +82,13 @@ impl Taken {
         role: Role,
         path: &Path,
     ) -> Result<(), Refusal> {
-        if let Some((_, role, other)) = self.files.iter().find(|(known, ..)| *known == identity) {
+        let shares = |other: &Role| {
+            let roles = (other, &role);
+            matches!(roles, (Role::SharedOrigin(_), Role::SharedOrigin(_)))
+        };
+        let mut files = self.files.iter();
+        let mut clash = |(known, other, _): &&_| *known == identity && !shares(other);
+        if let Some((_, role, other)) = files.find(&mut clash) {
             let cause = Cause::Twice {
                 other: shown(other),
                 role: role.to_string(),
@@ -114,7 +124,7 @@ impl Taken {
     /// Nothing of a volume is used any more: neither its disk nor its stores.
     pub fn give_back_volume(&mut self, volume: &str) {
         self.files.retain(|(_, role, _)| match role {
-            Role::Origin(name) => name != volume,
+            Role::Origin(name) | Role::SharedOrigin(name) => name != volume,
             Role::Cow(export) => export.split('@').next() != Some(volume),
         });
     }

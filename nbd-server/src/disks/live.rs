@@ -4,7 +4,8 @@
 use super::cow::{self, PlannedCow};
 use super::identity::{Role, Taken};
 use super::make::{Undo, make_snapshots, note_made};
-use super::{Cause, Making, Note, Origin, PlannedSnapshot, Refusal, SnapshotRequest, open};
+use super::{Cause, Making, Note, Origin, Past, PlannedSnapshot, Refusal, SnapshotRequest, open};
+use crate::io::VolumeAccess;
 use crate::names;
 use crate::server::setup::OpenSnapshot;
 
@@ -28,7 +29,7 @@ impl SnapshotPlan {
         taken: &mut Taken,
     ) -> Result<(), Refusal> {
         let role = Role::Cow(names::export(volume, &request.name));
-        let found = open::cow(&request.cow, origin.read_only, role.clone(), taken)?;
+        let found = open::cow(&request.cow, origin.access, role.clone(), taken)?;
         let planned = cow::plan(request, origin, found, &mut self.notes);
         match planned
             .and_then(must_be_new(request))
@@ -42,8 +43,7 @@ impl SnapshotPlan {
                     kind: request.kind,
                     limit: request.size,
                     adopted: false,
-                    merging: false,
-                    bytes: origin.bytes,
+                    past: Past::of(request, origin, &cow),
                     behaviour: request.behaviour,
                     cow,
                 });
@@ -63,34 +63,27 @@ impl SnapshotPlan {
         }
     }
 
-    /// Make the stores, all or none, in the order in which they were added.
-    pub fn carry_out(self, taken: &mut Taken, making: &mut dyn Making) -> Result<Made, Refusal> {
-        let roles: Vec<String> = self
-            .volumes
-            .iter()
-            .zip(&self.snapshots)
+    /// Whose stores they are, as `VOLUME@NAME`: what is to be given back if they
+    /// cannot be made.
+    pub fn roles(&self) -> Vec<String> {
+        let named = self.volumes.iter().zip(&self.snapshots);
+        named
             .map(|(volume, snapshot)| names::export(volume, &snapshot.name))
-            .collect();
+            .collect()
+    }
+
+    /// Make the stores, all or none, in the order in which they were added. It may
+    /// take long; [`Made::note`] is for afterwards.
+    pub fn carry_out(self, making: &mut dyn Making) -> Result<Made, Refusal> {
+        let roles = self.roles();
         let mut notes = self.notes;
-        match make_snapshots(self.snapshots, &mut notes, making) {
-            Ok((snapshots, undo)) => {
-                for (volume, snapshot) in self.volumes.iter().zip(&snapshots) {
-                    note_made(taken, volume, std::slice::from_ref(snapshot));
-                }
-                let deed = Deed { undo, roles };
-                Ok(Made {
-                    snapshots,
-                    notes,
-                    deed,
-                })
-            }
-            Err(refusal) => {
-                for role in roles {
-                    taken.give_back_cow(&role);
-                }
-                Err(refusal)
-            }
-        }
+        let (snapshots, undo) = make_snapshots(self.snapshots, &mut notes, making)?;
+        Ok(Made {
+            snapshots,
+            volumes: self.volumes,
+            notes,
+            deed: Deed { undo, roles },
+        })
     }
 }
 
@@ -121,10 +114,21 @@ fn in_live_words(refusal: Refusal) -> Refusal {
 pub struct Made {
     /// In the order of the plan.
     pub snapshots: Vec<OpenSnapshot>,
+    /// Their volumes.
+    volumes: Vec<String>,
     /// What to tell.
     pub notes: Vec<Note>,
     /// Whether they stay.
     pub deed: Deed,
+}
+
+impl Made {
+    /// Files that did not exist do now.
+    pub fn note(&self, taken: &mut Taken) {
+        for (volume, snapshot) in self.volumes.iter().zip(&self.snapshots) {
+            note_made(taken, volume, std::slice::from_ref(snapshot));
+        }
+    }
 }
 
 /// The making of stores. They are taken back unless [`Deed::keep`] is called.
@@ -150,8 +154,12 @@ impl Deed {
 }
 
 /// Where the store of the snapshot `name` goes unless it is said: beside the disk.
-pub fn default_cow(origin: &Origin, name: &str) -> std::path::PathBuf {
+/// One that other volumes have too is not enough of a name.
+pub fn default_cow(origin: &Origin, volume: &str, name: &str) -> std::path::PathBuf {
     let mut path = origin.path.clone();
-    path.as_mut_os_string().push(format!(".{name}.cow"));
+    path.as_mut_os_string().push(match origin.access {
+        VolumeAccess::Shared => format!(".{volume}.{name}.cow"),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => format!(".{name}.cow"),
+    });
     path
 }

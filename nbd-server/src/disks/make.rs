@@ -1,9 +1,13 @@
 //! Carrying a plan out: files are made and grown, torn areas repaired, stores
 //! written. If one thing fails, what was made before is taken back.
+//!
+//! What has to be flushed for a thousand stores is flushed by many threads at once
+//! ([`super::together`]): the file system does it for all who wait at one price.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nbdsnap_engine::{Access, Action, Store, StoreKind, StoreSize, StoreSpec};
 use nbdsnap_format::SECTOR_BYTES;
@@ -13,7 +17,10 @@ use super::cow::{NewStore, Place, PlannedCow, refused};
 use super::identity::{Identity, Role, Taken};
 use super::open::lock;
 use super::store_io::{StoreDisk, sync_folder_of};
-use super::{Making, Note, Opened, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown};
+use super::{
+    Making, Note, Opened, Past, Plan, PlannedSnapshot, PlannedVolume, Refusal, Scratch, shown,
+    together,
+};
 use crate::cli::size;
 use crate::io::file::{Medium, perform};
 use crate::law;
@@ -26,10 +33,11 @@ struct Prepared {
     read_only: bool,
     kind: StoreKind,
     limit: Option<u64>,
-    merging: bool,
-    bytes: u64,
+    past: Past,
     behaviour: Option<Defaults>,
     disk: OpenDisk,
+    /// The name that it was made under, and still has.
+    first_name: Option<PathBuf>,
     work: Work,
     scratch: Option<Scratch>,
 }
@@ -50,45 +58,44 @@ enum Work {
 impl Plan {
     /// Do what was planned. Everything that may fail for want of space comes
     /// first, for all stores; headers are written last, so that a failure leaves
-    /// no store behind.
-    pub fn carry_out(self, taken: &mut Taken, making: &mut dyn Making) -> Result<Opened, Refusal> {
-        for volume in &self.volumes {
-            settle_origin(volume)?;
-        }
-        let mut undo = Undo::default();
+    /// no store behind. It may take long; [`Opened::note`] is for afterwards.
+    pub fn carry_out(self, making: &mut dyn Making) -> Result<Opened, Refusal> {
+        settle_origins(&self.volumes)?;
         let mut notes = self.notes;
-        let mut prepared = Vec::new();
+        let mut planned = Vec::new();
+        let mut volumes = Vec::new();
         for volume in self.volumes {
             let PlannedVolume {
                 name,
                 disk,
-                read_only,
+                access,
                 snapshots,
             } = volume;
-            let mut cows = Vec::new();
-            for snapshot in snapshots {
-                cows.push(prepare(snapshot, &mut undo, making)?);
-            }
-            prepared.push((name, disk, read_only, cows));
+            volumes.push((name, disk, access, snapshots.len()));
+            planned.extend(snapshots);
         }
-        let mut volumes = Vec::new();
-        for (name, disk, read_only, cows) in prepared {
-            let mut snapshots = Vec::new();
-            for cow in cows {
-                snapshots.push(finish(cow, &mut undo, &mut notes)?);
-            }
-            volumes.push(OpenVolume {
+        let (made, undo) = make_snapshots(planned, &mut notes, making)?;
+        let mut made = made.into_iter();
+        let volumes: Vec<OpenVolume> = volumes
+            .into_iter()
+            .map(|(name, disk, access, count)| OpenVolume {
                 name,
                 disk,
-                read_only,
-                snapshots,
-            });
-        }
-        for volume in &volumes {
-            note_made(taken, &volume.name, &volume.snapshots);
-        }
+                access,
+                snapshots: made.by_ref().take(count).collect(),
+            })
+            .collect();
         undo.keep();
         Ok(Opened { volumes, notes })
+    }
+}
+
+impl Opened {
+    /// Files that did not exist do now.
+    pub fn note(&self, taken: &mut Taken) {
+        for volume in &self.volumes {
+            note_made(taken, &volume.name, &volume.snapshots);
+        }
     }
 }
 
@@ -100,12 +107,30 @@ pub(super) fn make_snapshots(
 ) -> Result<(Vec<OpenSnapshot>, Undo), Refusal> {
     let mut undo = Undo::default();
     let mut prepared = Vec::new();
+    let mut files = Vec::new();
     for snapshot in planned {
-        prepared.push(prepare(snapshot, &mut undo, making)?);
+        let one = prepare(snapshot, &mut undo, making)?;
+        files.extend(one.first_name.is_some().then(|| one.disk.path.clone()));
+        prepared.push(one);
     }
+    if let Some(first) = files.first() {
+        making
+            .made(&files)
+            .map_err(|error| Refusal::io(first, "recording it", &error))?;
+    }
+    let prepared = undo.each(prepared, make_room)?;
+    let mut synced = BTreeSet::new();
+    for path in &files {
+        if synced.insert(path.parent()) {
+            sync_folder_of(path)
+                .map_err(|error| Refusal::io(path, "making its name durable", &error))?;
+        }
+    }
+    let finished = undo.each(prepared, finish)?;
     let mut made = Vec::new();
-    for cow in prepared {
-        made.push(finish(cow, &mut undo, notes)?);
+    for (snapshot, told) in finished {
+        made.push(snapshot);
+        notes.extend(told);
     }
     Ok((made, undo))
 }
@@ -123,18 +148,26 @@ pub(super) fn note_made(taken: &mut Taken, volume: &str, snapshots: &[OpenSnapsh
 /// Make what the origin shows durable, whoever wrote it: its snapshots show it too,
 /// and a power cut must not change them (durability.md, rule 4). First of all, since
 /// it may take long, and a process killed meanwhile has made nothing yet.
-fn settle_origin(volume: &PlannedVolume) -> Result<(), Refusal> {
-    if volume.read_only || volume.snapshots.is_empty() {
-        return Ok(());
+fn settle_origins(volumes: &[PlannedVolume]) -> Result<(), Refusal> {
+    let mut settled: BTreeSet<&Path> = BTreeSet::new();
+    for PlannedVolume {
+        disk,
+        access,
+        snapshots,
+        ..
+    } in volumes
+    {
+        // A shared one once, though many volumes have it.
+        if access.writes_stores() && !snapshots.is_empty() && settled.insert(&disk.path) {
+            disk.file
+                .sync_data()
+                .map_err(|error| Refusal::io(&disk.path, "flushing it", &error))?;
+        }
     }
-    volume
-        .disk
-        .file
-        .sync_data()
-        .map_err(|error| Refusal::io(&volume.disk.path, "flushing it", &error))
+    Ok(())
 }
 
-/// Make room for a store.
+/// Make the file of a store, where there is none.
 fn prepare(
     snapshot: PlannedSnapshot,
     undo: &mut Undo,
@@ -146,12 +179,11 @@ fn prepare(
         kind,
         limit,
         adopted: _,
-        merging,
-        bytes,
+        past,
         behaviour,
         cow,
     } = snapshot;
-    let mut scratch = None;
+    let mut first_name = None;
     let (disk, work) = match cow {
         PlannedCow::Whole { disk, store } => (disk, Work::Nothing(store)),
         PlannedCow::Torn {
@@ -159,54 +191,65 @@ fn prepare(
             size,
             origin_bytes,
         } => (disk, Work::Repair { size, origin_bytes }),
-        PlannedCow::New(new) => prepare_new(new, undo, making, &mut scratch)?,
+        PlannedCow::New(NewStore { place, spec }) => match place {
+            Place::Missing(path) => {
+                let (disk, name) = create(path, undo, making)?;
+                first_name = Some(name);
+                (disk, Work::Create { spec, zeros: 0 })
+            }
+            Place::Empty(disk) => {
+                let zeros = written(&spec).min(disk.bytes);
+                (disk, Work::Create { spec, zeros })
+            }
+            // What it held was given up; only its length can come back.
+            Place::Overwrite(disk) => {
+                if spec.kind == StoreKind::Transient {
+                    forget_store(&disk)?;
+                }
+                (disk, Work::Create { spec, zeros: 0 })
+            }
+        },
     };
     Ok(Prepared {
         name,
         read_only,
         kind,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         disk,
+        first_name,
         work,
-        scratch,
+        scratch: None,
     })
 }
 
-fn prepare_new(
-    new: NewStore,
-    undo: &mut Undo,
-    making: &mut dyn Making,
-    scratch: &mut Option<Scratch>,
-) -> Result<(OpenDisk, Work), Refusal> {
-    let NewStore { place, spec } = new;
-    let (mut disk, zeros) = match place {
-        Place::Missing(path) => (create(path, undo, making)?, 0),
-        Place::Empty(disk) => {
-            let zeros = written(&spec).min(disk.bytes);
-            (disk, zeros)
-        }
-        // What it held was given up; only its length can come back.
-        Place::Overwrite(disk) => {
-            if spec.kind == StoreKind::Transient {
-                forget_store(&disk)?;
-            }
-            (disk, 0)
-        }
+/// Give a new file its own name, and make room for the store in it.
+fn make_room(mut prepared: Prepared, undo: &mut Undo) -> Result<Prepared, Refusal> {
+    let disk = &mut prepared.disk;
+    let is_ours = prepared.first_name.is_some();
+    if let Some(first_name) = prepared.first_name.take_if(|name| *name != disk.path) {
+        let flags = rustix::fs::RenameFlags::NOREPLACE;
+        rustix::fs::renameat_with(CWD, &first_name, CWD, &disk.path, flags)
+            .map_err(|errno| Refusal::io(&disk.path, "creating it", &errno.into()))?;
+        undo.steps.push(Step::Remove(disk.path.clone()));
+    }
+    let Work::Create { spec, .. } = &prepared.work else {
+        return Ok(prepared);
     };
     if spec.kind == StoreKind::Transient && disk.bytes == 0 {
-        *scratch = Some(Scratch {
+        prepared.scratch = Some(Scratch {
             path: disk.path.clone(),
-            file: duplicate(&disk)?,
+            file: duplicate(disk)?,
         });
     }
     if disk.bytes < spec.size.ready {
-        undo.steps.push(Step::Shorten {
-            file: duplicate(&disk)?,
-            to: disk.bytes,
-        });
+        if !is_ours {
+            undo.steps.push(Step::Shorten {
+                file: duplicate(disk)?,
+                to: disk.bytes,
+            });
+        }
         let action = Action::Grow {
             to: spec.size.ready,
         };
@@ -214,7 +257,7 @@ fn prepare_new(
             .map_err(|error| Refusal::disk(&disk.path, "reserving its first chunks", error))?;
         disk.bytes = spec.size.ready;
     }
-    Ok((disk, Work::Create { spec, zeros }))
+    Ok(prepared)
 }
 
 /// A persistent store that was given up for a transient one is none from now on:
@@ -232,8 +275,13 @@ fn forget_store(disk: &OpenDisk) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Make the file of a store. It is empty until whoever records it has recorded it.
-fn create(path: PathBuf, undo: &mut Undo, making: &mut dyn Making) -> Result<OpenDisk, Refusal> {
+/// Make the file of a store, and say under which name. It is empty until whoever
+/// records it has recorded it.
+fn create(
+    path: PathBuf,
+    undo: &mut Undo,
+    making: &mut dyn Making,
+) -> Result<(OpenDisk, PathBuf), Refusal> {
     let first_name = making.first_name(&path).unwrap_or_else(|| path.clone());
     let file = OpenOptions::new()
         .read(true)
@@ -245,23 +293,14 @@ fn create(path: PathBuf, undo: &mut Undo, making: &mut dyn Making) -> Result<Ope
         .map_err(|error| Refusal::io(&path, "creating it", &error))?;
     undo.steps.push(Step::Remove(first_name.clone()));
     lock(&file, &path, true)?;
-    making
-        .made(&path)
-        .map_err(|error| Refusal::io(&path, "recording it", &error))?;
-    if first_name != path {
-        let flags = rustix::fs::RenameFlags::NOREPLACE;
-        rustix::fs::renameat_with(CWD, &first_name, CWD, &path, flags)
-            .map_err(|errno| Refusal::io(&path, "creating it", &errno.into()))?;
-        undo.steps.push(Step::Remove(path.clone()));
-    }
-    sync_folder_of(&path).map_err(|error| Refusal::io(&path, "making its name durable", &error))?;
-    Ok(OpenDisk {
+    let disk = OpenDisk {
         file,
         path,
         bytes: 0,
         is_block_device: false,
         logical_block: SECTOR_BYTES as u32,
-    })
+    };
+    Ok((disk, first_name))
 }
 
 fn duplicate(disk: &OpenDisk) -> Result<File, Refusal> {
@@ -271,57 +310,51 @@ fn duplicate(disk: &OpenDisk) -> Result<File, Refusal> {
 }
 
 /// Repair or write what has to be, and hand the store over.
-fn finish(
-    prepared: Prepared,
-    undo: &mut Undo,
-    notes: &mut Vec<Note>,
-) -> Result<OpenSnapshot, Refusal> {
+fn finish(prepared: Prepared, undo: &mut Undo) -> Result<(OpenSnapshot, Vec<Note>), Refusal> {
     let Prepared {
         name,
         read_only,
         kind,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         disk,
+        first_name: _,
         work,
         scratch,
     } = prepared;
+    let mut notes = Vec::new();
     let (store, fresh) = match work {
         Work::Nothing(store) => (store, false),
         Work::Repair { size, origin_bytes } => {
-            (repair(&disk, kind, size, origin_bytes, notes)?, false)
+            (repair(&disk, kind, size, origin_bytes, &mut notes)?, false)
         }
         Work::Create { spec, zeros } => {
             if zeros > 0 {
                 let file = duplicate(&disk)?;
                 undo.steps.push(Step::Zero { file, len: zeros });
             }
-            (write_store(&disk, spec, notes)?, true)
+            (write_store(&disk, spec, &mut notes)?, true)
         }
     };
-    Ok(OpenSnapshot {
+    let snapshot = OpenSnapshot {
         name,
         disk,
         store,
         fresh,
         read_only,
         limit,
-        merging,
-        bytes,
+        past,
         behaviour,
         scratch,
-    })
+    };
+    Ok((snapshot, notes))
 }
 
 fn write_store(disk: &OpenDisk, spec: StoreSpec, notes: &mut Vec<Note>) -> Result<Store, Refusal> {
     let mut io = StoreDisk::new(disk, Access::ReadWrite);
     let store = law::create_store(spec, &mut io)
         .map_err(|error| Refusal::disk(&disk.path, "writing the store", error))?;
-    disk.file
-        .sync_all()
-        .map_err(|error| Refusal::io(&disk.path, "flushing it", &error))?;
     notes.push(Note::Info(format!(
         "{}: new store with chunks of {}",
         shown(&disk.path),
@@ -368,6 +401,26 @@ pub(super) struct Undo {
 }
 
 impl Undo {
+    /// Do `step` to each of `items`, many at once; if one fails, all that was made
+    /// by any is still to be taken back.
+    fn each<T: Send, U: Send>(
+        &mut self,
+        items: Vec<T>,
+        step: impl Fn(T, &mut Undo) -> Result<U, Refusal> + Sync,
+    ) -> Result<Vec<U>, Refusal> {
+        let done = together::each(items, |item| {
+            let mut own = Undo::default();
+            let result = step(item, &mut own);
+            (std::mem::take(&mut own.steps), result)
+        });
+        let mut results = Vec::new();
+        for (steps, result) in done {
+            self.steps.extend(steps);
+            results.push(result);
+        }
+        results.into_iter().collect()
+    }
+
     /// What was made stays.
     pub(super) fn keep(mut self) {
         self.steps.clear();

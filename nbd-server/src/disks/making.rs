@@ -3,14 +3,14 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Told of each file before anything is in it.
+/// Told of files before anything is in them.
 pub trait Making {
     /// The name under which the file that belongs at `path` is made; none: its own.
     fn first_name(&self, path: &Path) -> Option<PathBuf>;
 
-    /// The file that belongs at `path` was made, under its first name. It gets its
-    /// own when this has returned.
-    fn made(&mut self, path: &Path) -> io::Result<()>;
+    /// The files that belong at `paths` were made, under their first names. They get
+    /// their own when this has returned.
+    fn made(&mut self, paths: &[PathBuf]) -> io::Result<()>;
 }
 
 /// Nobody: what a crash leaves stays.
@@ -22,7 +22,7 @@ impl Making for Unrecorded {
         None
     }
 
-    fn made(&mut self, _: &Path) -> io::Result<()> {
+    fn made(&mut self, _: &[PathBuf]) -> io::Result<()> {
         Ok(())
     }
 }

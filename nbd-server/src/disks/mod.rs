@@ -22,12 +22,14 @@ mod signature;
 mod store_io;
 #[cfg(test)]
 mod tests;
+mod together;
 
 use std::fs::File;
 use std::path::PathBuf;
 
 use nbdsnap_engine::StoreKind;
 
+use crate::io::VolumeAccess;
 use crate::names;
 use crate::server::setup::{Defaults, OpenDisk, OpenVolume};
 use cow::PlannedCow;
@@ -50,8 +52,8 @@ pub struct VolumeRequest {
     pub name: String,
     /// The origin: a file or a block device.
     pub path: PathBuf,
-    /// Nothing may change, on the origin or on any store.
-    pub read_only: bool,
+    /// What may change on the origin and its stores.
+    pub access: VolumeAccess,
     /// Its snapshots.
     pub snapshots: Vec<SnapshotRequest>,
 }
@@ -78,20 +80,68 @@ pub struct SnapshotRequest {
     pub adopt: bool,
     /// There must be a store already.
     pub must_exist: bool,
-    /// It is being merged into the disk, and that goes on.
-    pub merging: bool,
-    /// How large the disk was at its instant, in bytes, if that is known.
-    pub bytes: Option<u64>,
+    /// What the records say of it, if it was there before.
+    pub known: Known,
     /// How it behaves; none: as the server was told.
     pub behaviour: Option<Defaults>,
+}
+
+/// What the records say of a snapshot that was there before, and its store does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// How large the disk was at its instant, in bytes.
+    pub bytes: Option<u64>,
+    /// When that was, in seconds since 1970.
+    pub taken_at: Option<u64>,
+    /// It is being merged into the disk, and that goes on.
+    pub merging: Option<Merging>,
+}
+
+/// A merge that has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Merging {
+    /// The file of the store is deleted at the end.
+    pub delete_cow: bool,
+}
+
+/// The past of a snapshot whose store has been looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Past {
+    /// Its length: that of the disk at its instant.
+    pub bytes: u64,
+    /// When that was, in seconds since 1970, if anybody knows; for a store that is to
+    /// be made, when that was planned.
+    pub taken_at: Option<u64>,
+    /// It is being merged into the disk, and that goes on.
+    pub merging: Option<Merging>,
+}
+
+impl Past {
+    fn of(wanted: &SnapshotRequest, origin: &Origin, cow: &PlannedCow) -> Self {
+        Self {
+            bytes: wanted.length(origin),
+            taken_at: match cow {
+                PlannedCow::New(_) => Some(now()),
+                PlannedCow::Whole { .. } | PlannedCow::Torn { .. } => wanted.known.taken_at,
+            },
+            merging: wanted.known.merging,
+        }
+    }
 }
 
 impl SnapshotRequest {
     /// How long the snapshot is, in bytes.
     fn length(&self, origin: &Origin) -> u64 {
-        self.bytes
-            .map_or(origin.bytes, |bytes| bytes.min(origin.bytes))
+        let known = self.known.bytes;
+        known.map_or(origin.bytes, |bytes| bytes.min(origin.bytes))
     }
+}
+
+/// Now, in seconds since 1970.
+pub(crate) fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// What [`inspect`] found: everything open and locked, and what is to be done.
@@ -105,7 +155,7 @@ pub struct Plan {
 struct PlannedVolume {
     name: String,
     disk: OpenDisk,
-    read_only: bool,
+    access: VolumeAccess,
     snapshots: Vec<PlannedSnapshot>,
 }
 
@@ -117,9 +167,7 @@ struct PlannedSnapshot {
     /// How far its file may grow, as it was asked for.
     limit: Option<u64>,
     adopted: bool,
-    merging: bool,
-    /// Its length, that of the disk at its instant.
-    bytes: u64,
+    past: Past,
     behaviour: Option<Defaults>,
     cow: PlannedCow,
 }
@@ -166,6 +214,26 @@ pub fn inspect(requests: Vec<VolumeRequest>, taken: &mut Taken) -> Result<Plan, 
     Ok(plan)
 }
 
+fn plan_snapshot(
+    wanted: &SnapshotRequest,
+    origin: &Origin,
+    found: open::Found,
+) -> Result<(PlannedSnapshot, Vec<Note>), Refusal> {
+    let mut notes = Vec::new();
+    let cow = cow::plan(wanted, origin, found, &mut notes)?;
+    let snapshot = PlannedSnapshot {
+        name: wanted.name.clone(),
+        read_only: wanted.read_only || !origin.access.writes_stores(),
+        kind: wanted.kind,
+        limit: wanted.size,
+        adopted: wanted.adopt,
+        past: Past::of(wanted, origin, &cow),
+        behaviour: wanted.behaviour,
+        cow,
+    };
+    Ok((snapshot, notes))
+}
+
 impl Plan {
     /// Open, lock and check these too. What is refused is not in the plan, nor in
     /// `taken`.
@@ -193,38 +261,37 @@ impl Plan {
             let disk = open::origin(&request, taken)?;
             origins.push((request, disk));
         }
-        let mut volumes = Vec::new();
-        for (request, disk) in origins {
-            let mut snapshots = Vec::new();
+        let mut cows = Vec::new();
+        for (request, disk) in &origins {
             for wanted in &request.snapshots {
                 let role = Role::Cow(names::export(&request.name, &wanted.name));
-                let found = open::cow(&wanted.cow, request.read_only, role, taken)?;
-                let origin = Origin::of(&disk, request.read_only);
-                snapshots.push(PlannedSnapshot {
-                    name: wanted.name.clone(),
-                    read_only: wanted.read_only || request.read_only,
-                    kind: wanted.kind,
-                    limit: wanted.size,
-                    adopted: wanted.adopt,
-                    merging: wanted.merging,
-                    bytes: wanted.length(&origin),
-                    behaviour: wanted.behaviour,
-                    cow: cow::plan(wanted, &origin, found, &mut self.notes)?,
-                });
+                let found = open::cow(&wanted.cow, request.access, role, taken)?;
+                cows.push((wanted, Origin::of(disk, request.access), found));
             }
-            volumes.push(PlannedVolume {
-                name: request.name,
-                disk,
-                read_only: request.read_only,
-                snapshots,
-            });
         }
-        Ok(volumes)
+        // Each may wait for a flush.
+        let planned = together::each(cows, |(wanted, origin, found)| {
+            plan_snapshot(wanted, &origin, found)
+        });
+        let mut snapshots = Vec::new();
+        for one in planned {
+            let (snapshot, notes) = one?;
+            snapshots.push(snapshot);
+            self.notes.extend(notes);
+        }
+        let mut snapshots = snapshots.into_iter();
+        let volumes = origins.into_iter().map(|(request, disk)| PlannedVolume {
+            name: request.name,
+            disk,
+            access: request.access,
+            snapshots: snapshots.by_ref().take(request.snapshots.len()).collect(),
+        });
+        Ok(volumes.collect())
     }
 
-    /// Take the last volume that was added out again: it is not served after all.
-    pub fn drop_last(&mut self, taken: &mut Taken) {
-        if let Some(volume) = self.volumes.pop() {
+    /// Take the last volumes that were added out again: they are not served after all.
+    pub fn drop_last(&mut self, count: usize, taken: &mut Taken) {
+        for volume in self.volumes.drain(self.volumes.len() - count..) {
             taken.give_back_volume(&volume.name);
         }
     }

@@ -6,7 +6,8 @@ use nbdsnap_engine::StoreKind;
 
 use super::cow::{Place, PlannedCow};
 use super::live::SnapshotPlan;
-use super::{Plan, PlannedSnapshot};
+use super::{Past, Plan, PlannedSnapshot, PlannedVolume};
+use crate::io::VolumeAccess;
 use crate::server::setup::Defaults;
 
 /// A volume that shall be served.
@@ -16,8 +17,8 @@ pub struct OfferedVolume {
     pub name: String,
     /// The origin, as it was named.
     pub disk: PathBuf,
-    /// Nothing may change on it or its stores.
-    pub read_only: bool,
+    /// What may change on it and its stores.
+    pub access: VolumeAccess,
     /// Its stores.
     pub stores: Vec<OfferedStore>,
 }
@@ -41,10 +42,8 @@ pub struct OfferedStore {
     pub is_missing: bool,
     /// The operator says that it has seen every write.
     pub adopted: bool,
-    /// It is being merged into the disk.
-    pub merging: bool,
-    /// The snapshot's length in bytes.
-    pub bytes: u64,
+    /// Its length, and what else the records say of it.
+    pub past: Past,
     /// How it behaves, if that was said.
     pub behaviour: Option<Defaults>,
 }
@@ -52,13 +51,13 @@ pub struct OfferedStore {
 impl Plan {
     /// What shall be served.
     pub fn offered(&self) -> Vec<OfferedVolume> {
-        let volumes = self.volumes.iter().map(|volume| OfferedVolume {
-            name: volume.name.clone(),
-            disk: volume.disk.path.clone(),
-            read_only: volume.read_only,
-            stores: volume.snapshots.iter().map(offered).collect(),
-        });
-        volumes.collect()
+        self.volumes.iter().map(offered_volume).collect()
+    }
+
+    /// The last `count` that were added.
+    pub fn last_offered(&self, count: usize) -> Vec<OfferedVolume> {
+        let before = self.volumes.len() - count;
+        self.volumes[before..].iter().map(offered_volume).collect()
     }
 }
 
@@ -66,6 +65,15 @@ impl SnapshotPlan {
     /// The stores that shall be made, in the order in which they were added.
     pub fn offered(&self) -> Vec<OfferedStore> {
         self.snapshots.iter().map(offered).collect()
+    }
+}
+
+fn offered_volume(volume: &PlannedVolume) -> OfferedVolume {
+    OfferedVolume {
+        name: volume.name.clone(),
+        disk: volume.disk.path.clone(),
+        access: volume.access,
+        stores: volume.snapshots.iter().map(offered).collect(),
     }
 }
 
@@ -87,8 +95,7 @@ fn offered(snapshot: &PlannedSnapshot) -> OfferedStore {
         is_old,
         is_missing,
         adopted: snapshot.adopted,
-        merging: snapshot.merging,
-        bytes: snapshot.bytes,
+        past: snapshot.past,
         behaviour: snapshot.behaviour,
     }
 }

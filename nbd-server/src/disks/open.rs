@@ -20,7 +20,7 @@ use rustix::io::Errno;
 
 use super::identity::{Identity, Role, Taken};
 use super::{Cause, Refusal, VolumeRequest, shown};
-use crate::io::sys;
+use crate::io::{VolumeAccess, sys};
 use crate::server::setup::OpenDisk;
 
 /// What lies at the path of a COW store.
@@ -36,12 +36,12 @@ pub(super) enum Found {
 pub(super) fn origin(request: &VolumeRequest, taken: &mut Taken) -> Result<OpenDisk, Refusal> {
     let path = &request.path;
     let meta = look(path)?.ok_or_else(|| Refusal::new(path, Cause::Missing))?;
-    taken.take(
-        Identity::of(&meta),
-        Role::Origin(request.name.clone()),
-        path,
-    )?;
-    let disk = open_and_lock(path, &meta, serving(request.read_only))?;
+    let role = match request.access {
+        VolumeAccess::Shared => Role::SharedOrigin(request.name.clone()),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => Role::Origin(request.name.clone()),
+    };
+    taken.take(Identity::of(&meta), role, path)?;
+    let disk = open_and_lock(path, &meta, serving(request.access.writes_origin()))?;
     if disk.bytes == 0 {
         return Err(Refusal::new(path, Cause::Empty));
     }
@@ -54,7 +54,7 @@ pub(super) fn origin(request: &VolumeRequest, taken: &mut Taken) -> Result<OpenD
 /// Open what lies at the path of a COW store.
 pub(super) fn cow(
     path: &Path,
-    read_only: bool,
+    access: VolumeAccess,
     role: Role,
     taken: &mut Taken,
 ) -> Result<Found, Refusal> {
@@ -63,7 +63,7 @@ pub(super) fn cow(
         return Ok(Found::Missing(path.to_owned()));
     };
     taken.take(Identity::of(&meta), role, path)?;
-    open_and_lock(path, &meta, serving(read_only)).map(Found::Disk)
+    open_and_lock(path, &meta, serving(access.writes_stores())).map(Found::Disk)
 }
 
 /// How a file or device is opened.
@@ -80,11 +80,11 @@ pub(crate) enum Opening {
     ReadInUse,
 }
 
-fn serving(read_only: bool) -> Opening {
-    if read_only {
-        Opening::ReadShared
-    } else {
+fn serving(writes: bool) -> Opening {
+    if writes {
         Opening::Write
+    } else {
+        Opening::ReadShared
     }
 }
 

@@ -38,6 +38,7 @@ impl Refusal {
             Some(Errno::ACCESS | Errno::PERM) => Cause::Permission(doing),
             Some(Errno::ROFS) => Cause::ReadOnlyFileSystem,
             Some(Errno::BUSY) => Cause::Busy,
+            Some(Errno::MFILE | Errno::NFILE) => Cause::TooManyFiles,
             Some(Errno::NOSPC | Errno::DQUOT) => Cause::NoSpace(doing),
             _ => Cause::System {
                 doing,
@@ -90,6 +91,11 @@ pub enum Cause {
         "the device is in use (mounted, served by another server, or a part of another device): free it first, or serve it with --read-only"
     )]
     Busy,
+    /// EMFILE or ENFILE.
+    #[error(
+        "too many files are open: raise the server's limit (ulimit -n, or LimitNOFILE= of systemd)"
+    )]
+    TooManyFiles,
     /// Somebody else holds its lock.
     #[error(
         "is already open in another server or locked by another program: stop that one first ('fuser -v' names it)"
@@ -197,7 +203,7 @@ pub enum Cause {
     MergeMissing(String),
     /// The same disk, to be served read-only.
     #[error(
-        "it is being rolled back to the store {0}, and is a mixture of two times until that is done: serve it without --read-only, so that it can go on"
+        "it is being rolled back to the store {0}, and is a mixture of two times until that is done: serve it writable, so that it can go on"
     )]
     MergeReadOnly(String),
     /// A store that was used before, but not with this disk, or not all the time.
@@ -206,8 +212,15 @@ pub enum Cause {
     )]
     Unlisted(String),
     /// A store that is known to be stale.
-    #[error("has missed a write to {0}, and is of no more use: its snapshot is lost")]
-    Stale(String),
+    #[error(
+        "has missed a write to {disk}, and is of no more use: its snapshot is lost; leave it out with --without {cow}"
+    )]
+    Stale {
+        /// The disk.
+        disk: String,
+        /// The store.
+        cow: String,
+    },
     /// ENOSPC.
     #[error("no space left on its file system ({0})")]
     NoSpace(&'static str),

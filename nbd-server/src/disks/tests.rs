@@ -54,8 +54,7 @@ impl Bench {
             format: false,
             adopt: false,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: None,
         }
     }
@@ -64,14 +63,13 @@ impl Bench {
         VolumeRequest {
             name: "disk".to_owned(),
             path: self.path("disk"),
-            read_only: false,
+            access: VolumeAccess::ReadWrite,
             snapshots,
         }
     }
 
     fn open(&self, snapshots: Vec<SnapshotRequest>) -> Result<Opened, Refusal> {
-        inspect(vec![self.volume(snapshots)], &mut Taken::default())?
-            .carry_out(&mut Taken::default(), &mut Unrecorded)
+        inspect(vec![self.volume(snapshots)], &mut Taken::default())?.carry_out(&mut Unrecorded)
     }
 
     /// Refused, with every file as it was; the message.
@@ -305,7 +303,7 @@ fn what_is_open_is_locked() {
             .volumes_refused(vec![other.clone()])
             .contains("link: is already open")
     );
-    other.read_only = true;
+    other.access = VolumeAccess::ReadOnly;
     assert!(
         bench
             .volumes_refused(vec![other])
@@ -313,7 +311,7 @@ fn what_is_open_is_locked() {
     );
     drop(opened);
     let mut reader = bench.volume(vec![bench.snapshot("new")]);
-    reader.read_only = true;
+    reader.access = VolumeAccess::ReadOnly;
     let first = inspect(vec![reader.clone()], &mut Taken::default()).unwrap();
     let second = inspect(vec![reader], &mut Taken::default()).unwrap();
     assert!(bench.refused(vec![]).contains("is already open"));
@@ -327,11 +325,11 @@ fn reading_changes_nothing() {
     bench.put("cow", &store(&[(7, 2)], 4));
     bench.put("torn", &torn_store());
     let mut volume = bench.volume(vec![bench.snapshot("cow"), bench.snapshot("torn")]);
-    volume.read_only = true;
+    volume.access = VolumeAccess::ReadOnly;
     let before = bench.state();
     let opened = inspect(vec![volume], &mut Taken::default())
         .unwrap()
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
+        .carry_out(&mut Unrecorded)
         .unwrap();
     let snapshots = &opened.volumes[0].snapshots;
     assert!(
@@ -351,7 +349,7 @@ fn reading_changes_nothing() {
             ..bench.snapshot(name)
         };
         let mut volume = bench.volume(vec![wanted]);
-        volume.read_only = true;
+        volume.access = VolumeAccess::ReadOnly;
         assert!(bench.volumes_refused(vec![volume]).contains("--read-only"));
     }
 }
@@ -363,9 +361,7 @@ fn a_torn_area_is_repaired_and_a_copy_is_kept() {
     let torn = bench.volume(vec![bench.snapshot("torn")]);
     let plan = inspect(vec![torn], &mut Taken::default()).unwrap();
     assert_eq!(std::fs::read(bench.path("torn")).unwrap(), torn_store());
-    let opened = plan
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
-        .unwrap();
+    let opened = plan.carry_out(&mut Unrecorded).unwrap();
     assert!(matches!(&opened.notes[0], Note::Warning(text) if text.contains("torn.torn-0")));
     let kept = std::fs::read(bench.path("torn.torn-0")).unwrap();
     assert_eq!(kept, torn_store()[CHUNK as usize..2 * CHUNK as usize]);
@@ -390,10 +386,7 @@ fn a_failure_takes_back_what_was_made() {
     let plan = inspect(vec![bench.volume(wanted)], &mut Taken::default()).unwrap();
     let before = bench.state();
     std::fs::remove_dir(bench.path("folder")).unwrap();
-    let message = plan
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
-        .unwrap_err()
-        .to_string();
+    let message = plan.carry_out(&mut Unrecorded).unwrap_err().to_string();
     assert!(message.contains("folder/gone"), "{message}");
     assert_eq!(bench.state(), before);
 }
@@ -408,10 +401,7 @@ fn a_copy_that_cannot_be_kept_stops_the_repair_and_everything_else() {
     // The store itself stays open; there is no place for its copy any more.
     std::fs::rename(bench.path("folder"), bench.path("moved")).unwrap();
     let before = bench.state();
-    let message = plan
-        .carry_out(&mut Taken::default(), &mut Unrecorded)
-        .unwrap_err()
-        .to_string();
+    let message = plan.carry_out(&mut Unrecorded).unwrap_err().to_string();
     assert!(message.contains("folder/torn.torn-0"), "{message}");
     assert_eq!(bench.state(), before);
 }

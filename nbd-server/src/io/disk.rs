@@ -134,6 +134,7 @@ impl LocalDisk {
                 let read = self.read_now(&mut bytes, *offset, *len as usize, sleeps);
                 read.then(|| Ok(Bytes::from(bytes)))
             }
+            Action::Flush if self.disk.read_only => Some(self.disk.perform(action)),
             Action::Write { data, .. } if !self.disk.read_only => {
                 let len: usize = data.iter().map(Bytes::len).sum();
                 if len as u64 > WRITE_HERE_MAX || !self.writes_are_quick() {

@@ -35,8 +35,41 @@ pub use hosted::{
     AutoExtend, HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Settings, Views,
     VolumeOrder,
 };
-pub use news::{Herald, News, What};
+pub use news::{Herald, Loss, News, What};
 pub use shard::{NewConnection, Shard};
+
+/// What may change on the devices of a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VolumeAccess {
+    /// The origin, and its stores.
+    #[default]
+    ReadWrite,
+    /// The stores. The origin is only read, by others too.
+    Shared,
+    /// Nothing.
+    ReadOnly,
+}
+
+impl VolumeAccess {
+    /// The two words that orders and records have for it.
+    pub fn from_words(read_only: bool, shared: bool) -> Self {
+        match (read_only, shared) {
+            (true, _) => Self::ReadOnly,
+            (false, true) => Self::Shared,
+            (false, false) => Self::ReadWrite,
+        }
+    }
+
+    /// The origin may be written.
+    pub fn writes_origin(self) -> bool {
+        self == Self::ReadWrite
+    }
+
+    /// The stores may be written.
+    pub fn writes_stores(self) -> bool {
+        self != Self::ReadOnly
+    }
+}
 
 /// Names a volume within a server. Never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

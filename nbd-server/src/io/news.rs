@@ -1,9 +1,14 @@
 //! What happens to volumes and clients by itself, rather than by an order: told
 //! to whoever listens, without waiting.
 
+use std::sync::Arc;
+
 use nbdsnap_engine::{SnapshotId, View};
 
 use super::VolumeId;
+use super::hosted::VolumeOrder;
+use super::mailbox::Mailbox;
+use super::shard::Message;
 
 /// Something that has happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub enum What {
     Extended(u64),
     /// The origin reads as the snapshot from here on.
     MergeBegun,
+    /// So many percent of a merge are done.
+    MergeProgress(u8),
     /// The snapshot is merged, and gone.
     Merged,
     /// The merge has stopped, or did not begin.
@@ -59,4 +66,37 @@ pub enum What {
 pub trait Herald: Send + Sync + std::fmt::Debug {
     /// Hear of it.
     fn tell(&self, news: News);
+
+    /// Have a loss marked durably where every later start looks.
+    fn mark_lost(&self, loss: Loss);
+}
+
+/// A snapshot is lost, and its store cannot be made to say so (durability.md, rule 6):
+/// a mark elsewhere is wanted, and the origin's writes wait for the answer. Dropped
+/// without one, it answers that there is none.
+#[derive(Debug)]
+pub struct Loss {
+    pub(super) mail: Arc<Mailbox<Message>>,
+    /// The snapshot's volume.
+    pub volume: VolumeId,
+    /// Its name within the volume.
+    pub snapshot: SnapshotId,
+    pub(super) durable: bool,
+}
+
+impl Loss {
+    /// There is a durable mark.
+    pub fn marked(mut self) {
+        self.durable = true;
+    }
+}
+
+impl Drop for Loss {
+    fn drop(&mut self) {
+        let order = VolumeOrder::MarkedLost {
+            snapshot: self.snapshot,
+            durable: self.durable,
+        };
+        self.mail.post(Message::Order(self.volume, order));
+    }
 }

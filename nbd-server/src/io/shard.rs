@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::{OpId, Outcome, View};
+use nbdsnap_engine::{OpId, Outcome, SnapshotId, View};
 
 use super::VolumeId;
 use super::census::ClientStatus;
@@ -20,7 +20,7 @@ use super::connection::Connection;
 use super::helpers::Helpers;
 use super::hosted::{Hosted, HostedStatus, NewVolume, Views, VolumeOrder};
 use super::mailbox::Mailbox;
-use super::news::Herald;
+use super::news::{Herald, Loss};
 use super::pace::Sleeps;
 use super::poller::{EventFlags, Patience, Poller, Ready};
 use super::table::{Key, Table};
@@ -88,6 +88,7 @@ pub(super) enum Message {
 #[derive(Debug)]
 pub(super) struct Outside {
     mail: Arc<Mailbox<Message>>,
+    helpers: Helpers,
     /// Buffers for large replies, lent to whoever makes one.
     pub(super) spares: Spares,
     /// Tells a throttled write from an interrupted one.
@@ -97,14 +98,21 @@ pub(super) struct Outside {
 }
 
 impl Outside {
-    /// Have `work` done by a helper; its result comes as a message.
-    pub(super) fn submit(
-        &self,
-        helpers: &Helpers,
-        work: impl FnOnce() -> Message + Send + 'static,
-    ) {
+    /// A snapshot is lost and wants a mark.
+    pub(super) fn loss(&self, volume: VolumeId, snapshot: SnapshotId) -> Loss {
+        Loss {
+            mail: Arc::clone(&self.mail),
+            volume,
+            snapshot,
+            durable: false,
+        }
+    }
+
+    /// Have `work` of a volume done by a helper; its result comes as a message.
+    pub(super) fn submit(&self, volume: VolumeId, work: impl FnOnce() -> Message + Send + 'static) {
         let mail = Arc::clone(&self.mail);
-        helpers.submit(Box::new(move || mail.post(work())));
+        self.helpers
+            .submit(volume, Box::new(move || mail.post(work())));
     }
 }
 
@@ -149,6 +157,7 @@ impl Shard {
             poller,
             outside: Outside {
                 mail: Arc::clone(&mail),
+                helpers: Helpers::new(),
                 spares: Spares::default(),
                 sleeps: Sleeps::default(),
                 herald,

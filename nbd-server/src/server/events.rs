@@ -128,6 +128,7 @@ pub(super) fn event_of(news: &News) -> Option<EventReport> {
             (EventKind::Extended, None, Some(to))
         }
         What::MergeBegun => (EventKind::MergeBegun, None, None),
+        What::MergeProgress(_) => (EventKind::MergeProgress, None, None),
         What::MergeFailed(why) => (EventKind::MergeFailed, None, Some((*why).to_owned())),
         What::ClientCame { id, peer, .. } => (EventKind::ClientCame, Some(*id), Some(peer.clone())),
         What::ClientWent { id, peer } => (EventKind::ClientWent, Some(*id), Some(peer.clone())),
@@ -137,7 +138,7 @@ pub(super) fn event_of(news: &News) -> Option<EventReport> {
     let mut event = EventReport::new(kind).of_volume(&news.volume_name);
     event.snapshot = news.snapshot.as_ref().map(|(_, name)| name.clone());
     event.client = client;
-    if let What::Filling(percent) = news.what {
+    if let What::Filling(percent) | What::MergeProgress(percent) = news.what {
         event.percent = Some(percent.into());
     }
     event.message = message;

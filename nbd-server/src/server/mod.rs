@@ -29,7 +29,8 @@ use std::time::Duration;
 use crate::control::door::Door;
 use crate::io::{Herald, Shard};
 use crate::nbd::export::{CatalogError, Export};
-use crate::state::keeper::StateError;
+use crate::state::files::SystemFiles;
+use crate::state::keeper::{Keeper, StateError};
 use admin::{Admin, Administrator, Mailroom, Outfit};
 use directory::Directory;
 use events::Events;
@@ -130,7 +131,6 @@ impl RunningServer {
             registry,
             Outfit {
                 taken: setup.taken,
-                keeper,
                 defaults: setup.defaults,
             },
             Arc::clone(&directory),
@@ -149,7 +149,7 @@ impl RunningServer {
             }
         };
         let doors = open_doors(
-            administrator,
+            (administrator, keeper),
             setup.listeners,
             setup.control,
             &directory,
@@ -212,14 +212,14 @@ impl RunningServer {
 
 /// Let clients and orders in. If one thing fails, what was begun ends.
 fn open_doors(
-    administrator: Administrator,
+    (administrator, keeper): (Administrator, Keeper<SystemFiles>),
     listeners: Vec<Listener>,
     control: Option<Listener>,
     directory: &Arc<Directory>,
     shards: &Arc<Vec<Shard>>,
 ) -> Result<(Admin, Front, Option<Door>), ServerError> {
     let admin = administrator
-        .start()
+        .start(keeper)
         .map_err(system("start the administrator's thread"))?;
     let front = match Front::start(listeners, Arc::clone(directory), Arc::clone(shards)) {
         Ok(front) => front,

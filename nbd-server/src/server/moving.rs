@@ -1,5 +1,6 @@
 //! How an open volume moves to its thread, and what the registry keeps of it.
 
+use std::cell::OnceCell;
 use std::sync::mpsc::Receiver;
 
 use nbdsnap_engine::{View, VolumeConfig};
@@ -50,10 +51,11 @@ pub(super) fn begin(
         shard: number,
         origin: Origin {
             path: registry::absolute(&volume.disk.path),
-            ..Origin::of(&volume.disk, volume.read_only)
+            ..Origin::of(&volume.disk, volume.access)
         },
         is_block_device: volume.disk.is_block_device,
         suspension: Suspension::Running,
+        recorded_disk: OnceCell::new(),
         snapshots: Vec::new(),
     };
     let answer = shard.host(NewVolume {
@@ -65,7 +67,7 @@ pub(super) fn begin(
             copy_piece: COPY_PIECE,
         },
         disk: new_disk(volume.disk),
-        read_only: volume.read_only,
+        access: volume.access,
         snapshots: volume
             .snapshots
             .into_iter()
@@ -90,14 +92,14 @@ pub(super) fn end(
     views: &[View],
 ) -> VolumeEntry {
     for (view, mut facts) in views.iter().zip(facts) {
-        facts.read_only |= entry.origin.read_only;
+        facts.read_only |= !entry.origin.access.writes_stores();
         let &View::Snapshot(id) = view else {
             unreachable!("a snapshot is no origin");
         };
-        let taken = if facts.fresh {
-            Taken::AtStart(registry::now())
-        } else {
-            Taken::Before
+        let taken = match facts.taken_at {
+            Some(at) if facts.fresh => Taken::AtStart(at),
+            Some(at) => Taken::Live(at),
+            None => Taken::Before,
         };
         let snapshot = SnapshotEntry::new(id, taken, facts);
         entry.snapshots.push(snapshot);
@@ -139,7 +141,7 @@ pub(super) fn new_snapshot(snapshot: OpenSnapshot, settings: Settings) -> NewSna
         store: snapshot.store,
         disk: new_disk(snapshot.disk),
         fresh: snapshot.fresh,
-        merging: snapshot.merging,
+        merging: snapshot.past.merging.is_some(),
         settings,
     }
 }

@@ -1,17 +1,19 @@
 //! What a server serves: its volumes and their snapshots, by name, with where
 //! each lives and what it was made with. The administrator owns it.
 
+use std::cell::OnceCell;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use nbdsnap_engine::{SnapshotId, StoreKind, View};
 
 use super::directory::{Exports, Route};
 use super::setup::{Defaults, OpenSnapshot};
 use crate::cli::size;
-use crate::disks::{Origin, Scratch};
-use crate::io::VolumeId;
+pub(super) use crate::disks::now;
+use crate::disks::{Merging, Origin, Scratch};
+use crate::io::{VolumeAccess, VolumeId};
 use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
 use crate::state::files::{Files, SystemFiles};
@@ -34,6 +36,8 @@ pub(super) struct VolumeEntry {
     pub(super) origin: Origin,
     pub(super) is_block_device: bool,
     pub(super) suspension: Suspension,
+    /// How records call the disk, found out once.
+    pub(super) recorded_disk: OnceCell<PathBuf>,
     /// In the order in which they came.
     pub(super) snapshots: Vec<SnapshotEntry>,
 }
@@ -59,6 +63,8 @@ pub(super) struct SnapshotEntry {
     pub(super) scratch: Option<Scratch>,
     pub(super) fill: FillRate,
     pub(super) merge: MergeState,
+    /// How records call the store, found out once.
+    recorded_cow: OnceCell<PathBuf>,
 }
 
 /// Whether a volume stands still.
@@ -90,7 +96,7 @@ pub(super) enum Taken {
     Before,
     /// When this server started, at this second.
     AtStart(u64),
-    /// While it ran.
+    /// While it ran, or one before it.
     Live(u64),
 }
 
@@ -107,13 +113,6 @@ impl Taken {
 /// Whoever reads it may be in another folder.
 pub(super) fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// Now, in seconds since 1970.
-pub(super) fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 /// How fast a store fills: what was allocated when somebody looked last, or when
@@ -175,10 +174,10 @@ impl SnapshotEntry {
             taken,
             scratch: facts.scratch,
             fill: FillRate::new(facts.allocated),
-            merge: if facts.merging {
-                MergeState::Begun { delete_cow: false }
-            } else {
-                MergeState::None
+            recorded_cow: OnceCell::new(),
+            merge: match facts.merging {
+                Some(Merging { delete_cow }) => MergeState::Begun { delete_cow },
+                None => MergeState::None,
             },
         }
     }
@@ -200,8 +199,10 @@ pub(super) struct SnapshotFacts {
     /// Its instant is taken now.
     pub(super) fresh: bool,
     /// It is being merged into the origin.
-    merging: bool,
+    merging: Option<Merging>,
     bytes: u64,
+    /// When it was taken, or when that was planned.
+    pub(super) taken_at: Option<u64>,
     pub(super) behaviour: Defaults,
 }
 
@@ -230,8 +231,9 @@ impl SnapshotFacts {
             scratch: snapshot.scratch.take(),
             allocated,
             fresh: snapshot.fresh,
-            merging: snapshot.merging,
-            bytes: snapshot.bytes,
+            merging: snapshot.past.merging,
+            bytes: snapshot.past.bytes,
+            taken_at: snapshot.past.taken_at,
             behaviour: snapshot.behaviour.unwrap_or(defaults),
         }
     }
@@ -248,14 +250,17 @@ impl SnapshotEntry {
     fn record(&self) -> SnapshotRecord {
         SnapshotRecord {
             name: self.name.clone(),
-            cow: settled(&self.cow),
+            cow: self.recorded_cow.get_or_init(|| settled(&self.cow)).clone(),
             kind: self.kind.into(),
             limit: self.limit,
             read_only: self.read_only,
             bytes: Some(self.bytes),
             on_full: self.behaviour.on_full.into(),
             auto_extend: self.behaviour.auto_extend,
+            taken_at: self.taken.at(),
             merging: matches!(self.merge, MergeState::Begun { .. }),
+            delete_cow: self.merge == MergeState::Begun { delete_cow: true },
+            anew: None,
         }
     }
 }
@@ -265,9 +270,12 @@ impl VolumeEntry {
     pub(super) fn record(&self) -> VolumeRecord {
         VolumeRecord {
             name: self.name.clone(),
-            disk: settled(&self.origin.path),
-            read_only: self.origin.read_only,
-            shared: false,
+            disk: self
+                .recorded_disk
+                .get_or_init(|| settled(&self.origin.path))
+                .clone(),
+            read_only: self.origin.access == VolumeAccess::ReadOnly,
+            shared: self.origin.access == VolumeAccess::Shared,
             snapshots: self.snapshots.iter().map(SnapshotEntry::record).collect(),
         }
     }
@@ -303,7 +311,7 @@ impl VolumeEntry {
             name: self.name.clone(),
             description,
             size: self.origin.bytes,
-            flags: transmission_flags(self.origin.read_only, false),
+            flags: transmission_flags(!self.origin.access.writes_origin(), false),
             block_size: BlockSize::for_chunk(chunks.min().unwrap_or(0)),
         }
     }
@@ -356,7 +364,7 @@ impl Registry {
                 read_only,
             };
             exports.push(volume.export());
-            routes.push(route(View::Origin, volume.origin.read_only));
+            routes.push(route(View::Origin, !volume.origin.access.writes_origin()));
             let begun = |one: &&SnapshotEntry| matches!(one.merge, MergeState::Begun { .. });
             for snapshot in volume.snapshots.iter().filter(|one| !begun(one)) {
                 exports.push(volume.snapshot_export(snapshot));

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use nbdsnap_engine::{OnFull, Store};
 
 use crate::control::protocol::Growth;
-use crate::disks::{self, Scratch, Taken};
-use crate::io::{AutoExtend, Settings};
+use crate::disks::{self, Past, Scratch, Taken};
+use crate::io::{AutoExtend, Settings, VolumeAccess};
 use crate::state::Records;
 
 /// A disk or COW store that is open, locked and of known size.
@@ -43,10 +43,8 @@ pub struct OpenSnapshot {
     pub read_only: bool,
     /// How far its file may grow, as it was asked for, in bytes.
     pub limit: Option<u64>,
-    /// It is being merged into the origin, and that goes on.
-    pub merging: bool,
-    /// Its length in bytes: that of the origin at its instant.
-    pub bytes: u64,
+    /// Its length, and what else is known of it.
+    pub past: Past,
     /// How it behaves; none: as the server was told.
     pub behaviour: Option<Defaults>,
     /// What is to be done with its file when it is not used any more.
@@ -60,8 +58,9 @@ pub struct OpenVolume {
     pub name: String,
     /// The origin.
     pub disk: OpenDisk,
-    /// Writes to the origin are refused with EPERM, and nothing changes on any device.
-    pub read_only: bool,
+    /// What may change on its devices; writes to an origin that may not are refused
+    /// with EPERM.
+    pub access: VolumeAccess,
     /// Its snapshots.
     pub snapshots: Vec<OpenSnapshot>,
 }

@@ -16,10 +16,17 @@ use tempfile::TempDir;
 use super::setup::{Defaults, Listener, OpenDisk, OpenSnapshot, OpenVolume, Setup};
 use super::{RunningServer, ServerError};
 use crate::client::{Answer, Client};
-use crate::disks::Taken;
+use crate::disks::{Past, Taken};
+use crate::io::VolumeAccess;
 use crate::io::file::{Medium, perform};
 use crate::nbd::uri::ListenAddr;
-use crate::nbd::wire::{NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_EPERM};
+use crate::nbd::wire::{NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_EIO, NBD_EPERM};
+use crate::state::Records;
+use crate::state::attached::Mark;
+use crate::state::files::SystemFiles;
+use crate::state::keeper::Keeper;
+use crate::state::place::settled;
+use crate::state::record::{SnapshotRecord, State, VolumeRecord};
 
 const DISK: usize = 8 << 20;
 
@@ -64,6 +71,12 @@ impl Place {
 
     /// Serve the disk with its snapshot, new if it has none yet.
     fn serve(&self, read_only: bool) -> RunningServer {
+        let records = Records::unchanged().unwrap();
+        self.serve_volume(self.volume(read_only), records)
+    }
+
+    /// The disk with its snapshot, open.
+    fn volume(&self, read_only: bool) -> OpenVolume {
         let store_path = self.path("cow");
         let fresh = !store_path.exists();
         let store_file = open(&store_path);
@@ -92,12 +105,10 @@ impl Place {
             };
             Store::open(kind, size(ready), DISK as u64, access, &mut io).unwrap()
         };
-        let sock = self.path("sock");
-        let listener = UnixListener::bind(&sock).unwrap();
-        let volume = OpenVolume {
+        OpenVolume {
             name: "disk".into(),
             disk: open_disk(&self.path("disk")),
-            read_only,
+            access: VolumeAccess::from_words(read_only, false),
             snapshots: vec![OpenSnapshot {
                 name: "then".into(),
                 disk: open_disk(&store_path),
@@ -105,19 +116,27 @@ impl Place {
                 fresh,
                 read_only: false,
                 limit: None,
-                merging: false,
-                bytes: DISK as u64,
+                past: Past {
+                    bytes: DISK as u64,
+                    taken_at: None,
+                    merging: None,
+                },
                 behaviour: None,
                 scratch: None,
             }],
-        };
+        }
+    }
+
+    fn serve_volume(&self, volume: OpenVolume, records: Records) -> RunningServer {
+        let sock = self.path("sock");
+        let listener = UnixListener::bind(&sock).unwrap();
         let setup = Setup {
             volumes: vec![volume],
             listeners: vec![Listener::Unix(listener, sock)],
             threads: 2,
             control: None,
             taken: Taken::default(),
-            records: crate::state::Records::unchanged().unwrap(),
+            records,
             on_event: None,
             defaults: super::setup::Defaults::default(),
         };
@@ -300,7 +319,7 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
     let volume = || OpenVolume {
         name: "twice".into(),
         disk: open_disk(&place.path("disk")),
-        read_only: true,
+        access: VolumeAccess::ReadOnly,
         snapshots: Vec::new(),
     };
     let setup = Setup {
@@ -309,10 +328,74 @@ fn names_that_cannot_be_served_are_refused_before_anything_happens() {
         threads: 1,
         control: None,
         taken: Taken::default(),
-        records: crate::state::Records::unchanged().unwrap(),
+        records: Records::unchanged().unwrap(),
         defaults: Defaults::default(),
         on_event: None,
     };
     let refused = RunningServer::start(setup).unwrap_err();
     assert!(matches!(refused, ServerError::Catalog(_)), "{refused}");
+}
+
+/// What the records say of [`Place::volume`].
+fn records(place: &Place) -> Records {
+    let snapshot = SnapshotRecord {
+        name: "then".into(),
+        cow: settled(&place.path("cow")),
+        kind: crate::control::protocol::Kind::Persistent,
+        limit: None,
+        bytes: Some(DISK as u64),
+        read_only: false,
+        on_full: crate::control::protocol::WhenFull::default(),
+        auto_extend: None,
+        taken_at: None,
+        merging: false,
+        delete_cow: false,
+        anew: None,
+    };
+    let next = State {
+        volumes: vec![VolumeRecord {
+            name: "disk".into(),
+            disk: settled(&place.path("disk")),
+            read_only: false,
+            shared: false,
+            snapshots: vec![snapshot],
+        }],
+    };
+    let mut keeper = Keeper::open(SystemFiles, None).unwrap();
+    let change = Some(keeper.begin(next, Vec::new()).unwrap());
+    Records { keeper, change }
+}
+
+/// A store that takes no writes any more loses its snapshot, and cannot say so: the
+/// disk's list does, before the write that broke it is answered; if that cannot be
+/// written either, the write fails.
+#[test]
+fn a_loss_that_the_store_cannot_say_is_said_by_the_disks_list() {
+    for list_can_be_written in [true, false] {
+        let place = Place::new();
+        place.serve(false).stop().unwrap();
+        let mut volume = place.volume(false);
+        volume.snapshots[0].disk.file = File::open(place.path("cow")).unwrap();
+        let server = place.serve_volume(volume, records(&place));
+        let list = place.path("disk.nbdsnap");
+        assert!(list.is_file());
+        if !list_can_be_written {
+            std::fs::remove_file(&list).unwrap();
+            std::fs::create_dir(&list).unwrap();
+        }
+        let mut client = place.client("disk");
+        let written = client.write(0, &[1; 4096], false);
+        if list_can_be_written {
+            written.unwrap();
+            let list = Keeper::open(SystemFiles, None)
+                .unwrap()
+                .list(&place.path("disk"));
+            assert_eq!(list.unwrap().stores[0].mark, Mark::Lost);
+            server.stop().unwrap();
+        } else {
+            assert_eq!(written.unwrap_err().errno(), Some(NBD_EIO));
+            let ended = server.stop();
+            assert!(matches!(ended, Err(ServerError::NotDurable)), "{ended:?}");
+        }
+    }
 }

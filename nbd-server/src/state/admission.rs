@@ -1,40 +1,23 @@
 //! Whether volumes may be served as it was asked for, by the lists of their
 //! disks; and what the records will say of them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use nbdsnap_engine::StoreKind;
 
-use super::attached::{Finding, Mark, Offered};
+use super::attached::{AttachedStore, Finding, Mark, Offered};
 use super::files::{Files, SystemFiles};
 use super::keeper::{Change, Keeper, StateError};
 use super::place::settled;
-use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
-use crate::control::protocol::WhenFull;
+use super::record::{IntentFile, SnapshotRecord, State, VolumeRecord};
+use crate::control::protocol::{Kind, WhenFull};
 use crate::disks::{
-    Cause, Making, OfferedStore, OfferedVolume, Refusal, SnapshotRequest, VolumeRequest, shown,
+    Cause, Known, Making, Merging, OfferedStore, OfferedVolume, Refusal, SnapshotRequest,
+    VolumeRequest, shown,
 };
+use crate::io::VolumeAccess;
 use crate::server::setup::Defaults;
-
-impl From<StoreKind> for Kind {
-    fn from(kind: StoreKind) -> Self {
-        match kind {
-            StoreKind::Persistent => Self::Persistent,
-            StoreKind::PersistentOverflow => Self::Overflow,
-            StoreKind::Transient => Self::Transient,
-        }
-    }
-}
-
-impl From<Kind> for StoreKind {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Persistent => Self::Persistent,
-            Kind::Overflow => Self::PersistentOverflow,
-            Kind::Transient => Self::Transient,
-        }
-    }
-}
 
 impl From<&OfferedStore> for SnapshotRecord {
     fn from(store: &OfferedStore) -> Self {
@@ -43,13 +26,16 @@ impl From<&OfferedStore> for SnapshotRecord {
             cow: settled(&store.cow),
             kind: store.kind.into(),
             limit: store.limit,
-            bytes: Some(store.bytes),
+            bytes: Some(store.past.bytes),
+            taken_at: store.past.taken_at,
             read_only: store.read_only,
             on_full: store
                 .behaviour
                 .map_or_else(WhenFull::default, |one| one.on_full.into()),
             auto_extend: store.behaviour.and_then(|one| one.auto_extend),
-            merging: store.merging,
+            merging: store.past.merging.is_some(),
+            delete_cow: store.past.merging.is_some_and(|one| one.delete_cow),
+            anew: None,
         }
     }
 }
@@ -59,8 +45,8 @@ impl From<&OfferedVolume> for VolumeRecord {
         Self {
             name: volume.name.clone(),
             disk: settled(&volume.disk),
-            read_only: volume.read_only,
-            shared: false,
+            read_only: volume.access == VolumeAccess::ReadOnly,
+            shared: volume.access == VolumeAccess::Shared,
             snapshots: volume.stores.iter().map(SnapshotRecord::from).collect(),
         }
     }
@@ -81,7 +67,7 @@ pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
     VolumeRequest {
         name: volume.name.clone(),
         path: volume.disk.clone(),
-        read_only: volume.read_only,
+        access: VolumeAccess::from_words(volume.read_only, volume.shared),
         snapshots: volume
             .snapshots
             .iter()
@@ -96,14 +82,28 @@ pub fn request_of(volume: &VolumeRecord) -> VolumeRequest {
                 format: false,
                 adopt: false,
                 must_exist: true,
-                merging: false,
-                bytes: snapshot.bytes,
+                known: Known {
+                    bytes: snapshot.bytes,
+                    taken_at: snapshot.taken_at,
+                    // Its disk's list says so, to whoever serves it.
+                    merging: None,
+                },
                 behaviour: Some(Defaults {
                     on_full: snapshot.on_full.into(),
                     auto_extend: snapshot.auto_extend,
                 }),
             })
             .collect(),
+    }
+}
+
+/// What a disk's list says of a store.
+fn known(store: &AttachedStore) -> Known {
+    let delete_cow = store.delete_cow;
+    Known {
+        bytes: store.bytes,
+        taken_at: store.taken_at,
+        merging: (store.mark == Mark::Merging).then_some(Merging { delete_cow }),
     }
 }
 
@@ -115,19 +115,26 @@ pub fn as_listed<F: Files>(
     mut requests: Vec<VolumeRequest>,
 ) -> Result<Vec<VolumeRequest>, StateError> {
     for request in &mut requests {
-        if request.read_only || !request.path.exists() {
+        if !request.path.exists() {
             continue;
         }
-        for store in keeper.list(&request.path)?.stores {
-            let merging = store.mark == Mark::Merging;
-            let mut named = request.snapshots.iter_mut();
-            if let Some(named) = named.find(|other| settled(&other.cow) == store.cow) {
-                named.merging = merging;
-                named.bytes = store.bytes;
-            } else if merging {
+        let list = keeper.list(&request.path)?;
+        let mut named = Vec::new();
+        for snapshot in &mut request.snapshots {
+            let cow = settled(&snapshot.cow);
+            if let Some(store) = list.find(&cow) {
+                snapshot.known = known(store);
+            }
+            named.push(cow);
+        }
+        for store in &list.stores {
+            let known = known(store);
+            // Of a disk that nobody writes it is refused later.
+            let goes_on = known.merging.is_some() && request.access.writes_origin();
+            if goes_on && !named.contains(&store.cow) {
                 request.snapshots.push(SnapshotRequest {
-                    name: store.snapshot,
-                    cow: store.cow,
+                    name: store.snapshot.clone(),
+                    cow: store.cow.clone(),
                     kind: StoreKind::Persistent,
                     chunk: None,
                     size: None,
@@ -135,8 +142,7 @@ pub fn as_listed<F: Files>(
                     format: false,
                     adopt: false,
                     must_exist: true,
-                    merging,
-                    bytes: store.bytes,
+                    known,
                     behaviour: None,
                 });
             }
@@ -155,15 +161,15 @@ pub fn admit<F: Files>(
     let list = keeper
         .list(&volume.disk)
         .map_err(|error| Refusal::new(&volume.disk, Cause::List(error.to_string())))?;
-    if volume.read_only {
+    if !volume.access.writes_origin() {
         let mut stores = list.stores.iter();
-        return match stores.find(|store| store.mark == Mark::Merging) {
-            None => Ok(()),
-            Some(store) => Err(Refusal::new(
-                &volume.disk,
-                Cause::MergeReadOnly(shown(&store.cow)),
-            )),
-        };
+        if let Some(store) = stores.find(|store| store.mark == Mark::Merging) {
+            let cause = Cause::MergeReadOnly(shown(&store.cow));
+            return Err(Refusal::new(&volume.disk, cause));
+        }
+    }
+    if !volume.access.writes_stores() {
+        return Ok(());
     }
     let cows: Vec<PathBuf> = volume.stores.iter().map(|s| settled(&s.cow)).collect();
     let stores = volume.stores.iter().zip(&cows);
@@ -176,14 +182,18 @@ pub fn admit<F: Files>(
         })
         .collect();
     let given_up: Vec<PathBuf> = given_up.iter().map(|path| settled(path)).collect();
-    let broken = |store: &&OfferedStore| store.merging && !store.is_old;
+    let broken = |store: &&OfferedStore| store.past.merging.is_some() && !store.is_old;
     if let Some(store) = volume.stores.iter().find(broken) {
         return Err(Refusal::new(
             &volume.disk,
             Cause::MergeMissing(shown(&store.cow)),
         ));
     }
-    match list.judge(&offered, &given_up).first() {
+    let findings = match volume.access {
+        VolumeAccess::Shared => list.judge_shared(&offered),
+        VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => list.judge(&offered, &given_up),
+    };
+    match findings.first() {
         None => Ok(()),
         Some(finding) => Err(refusal(&volume.disk, finding)),
     }
@@ -200,7 +210,13 @@ fn refusal(disk: &Path, finding: &Finding) -> Refusal {
         ),
         Finding::MissingMerge(store) => Refusal::new(disk, Cause::MergeMissing(shown(&store.cow))),
         Finding::Unlisted(cow) => Refusal::new(cow, Cause::Unlisted(shown(disk))),
-        Finding::Lost(store) => Refusal::new(&store.cow, Cause::Stale(shown(disk))),
+        Finding::Lost(store) => Refusal::new(
+            &store.cow,
+            Cause::Stale {
+                disk: shown(disk),
+                cow: shown(&store.cow),
+            },
+        ),
     }
 }
 
@@ -208,9 +224,13 @@ fn refusal(disk: &Path, finding: &Finding) -> Refusal {
 /// all others as they are: one that could not be served this time is not forgotten.
 pub fn state_with<F: Files>(keeper: &Keeper<F>, volumes: Vec<VolumeRecord>) -> State {
     let mut next = keeper.state().clone();
+    let known = next.volumes.iter().enumerate();
+    let places: BTreeMap<String, usize> = known
+        .map(|(place, volume)| (volume.name.clone(), place))
+        .collect();
     for volume in volumes {
-        match next.volumes.iter_mut().find(|old| old.name == volume.name) {
-            Some(old) => *old = volume,
+        match places.get(&volume.name) {
+            Some(&place) => next.volumes[place] = volume,
             None => next.volumes.push(volume),
         }
     }
@@ -231,9 +251,10 @@ impl Making for Recorded<'_> {
         self.change.made_as(&settled(path))
     }
 
-    fn made(&mut self, path: &Path) -> std::io::Result<()> {
+    fn made(&mut self, paths: &[PathBuf]) -> std::io::Result<()> {
+        let paths: Vec<PathBuf> = paths.iter().map(|path| settled(path)).collect();
         self.keeper
-            .made(self.change, &settled(path))
+            .made(self.change, &paths)
             .map_err(std::io::Error::other)
     }
 }

@@ -4,10 +4,14 @@
 //! finding is a reason to refuse, unless the operator gives the word that goes
 //! with it. A disk that is served read-only needs no list and changes none.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::files::FileIdentity;
+use super::record::StorePath;
 use super::seal;
 
 /// How a store on the list stands.
@@ -34,8 +38,42 @@ pub struct AttachedStore {
     /// store says so.
     #[serde(default)]
     pub bytes: Option<u64>,
+    /// When that was, in seconds since 1970.
+    #[serde(default)]
+    pub taken_at: Option<u64>,
+    /// Its file is deleted when it is merged.
+    #[serde(default)]
+    pub delete_cow: bool,
+    /// The file that is about to take its place.
+    #[serde(default)]
+    pub anew: Option<Anew>,
     /// How it stands.
     pub mark: Mark,
+}
+
+/// A file that is about to take a store's place, with the instant of the snapshot
+/// in it. Its rename is the one step in which the snapshot changes; which side of it
+/// a crash fell on is told by the file that lies there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Anew {
+    /// Which file.
+    pub file: FileIdentity,
+    /// How large the disk is at its snapshot's instant, in bytes.
+    pub bytes: u64,
+    /// When that is, in seconds since 1970.
+    pub taken_at: Option<u64>,
+}
+
+impl AttachedStore {
+    /// Settle a change of its file, given which one lies there: what was said of the
+    /// old one does not hold for the new one.
+    pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
+        if let Some(anew) = self.anew.take().filter(|anew| Some(anew.file) == there) {
+            self.bytes = Some(anew.bytes);
+            self.taken_at = anew.taken_at;
+            self.mark = Mark::Attached;
+        }
+    }
 }
 
 /// The list of a disk.
@@ -75,8 +113,8 @@ impl Attached {
     pub fn judge(&self, offered: &[Offered<'_>], given_up: &[PathBuf]) -> Vec<Finding> {
         let mut findings = Vec::new();
         for store in &self.stores {
-            let offer = offered.iter().find(|offer| offer.cow == store.cow);
-            match (store.mark, offer) {
+            let named = |offer: &&Offered<'_>| offer.cow.as_os_str() == store.cow.as_os_str();
+            match (store.mark, offered.iter().find(named)) {
                 (Mark::Merging, None) => findings.push(Finding::MissingMerge(store.clone())),
                 (Mark::Attached, None) if !given_up.contains(&store.cow) => {
                     findings.push(Finding::Missing(store.clone()));
@@ -95,23 +133,56 @@ impl Attached {
         findings
     }
 
+    /// Of these findings, those that count where nobody writes the disk: a store that
+    /// is not served then misses nothing.
+    pub fn judge_shared(&self, offered: &[Offered<'_>]) -> Vec<Finding> {
+        let mut findings = self.judge(offered, &[]);
+        findings.retain(|finding| match finding {
+            Finding::Missing(_) | Finding::MissingMerge(_) => false,
+            Finding::Unlisted(_) | Finding::Lost(_) => true,
+        });
+        findings
+    }
+
+    /// Its stores by their paths, which are compared as text: they are settled.
+    pub fn by_cow(&self) -> BTreeMap<&OsStr, &AttachedStore> {
+        let stores = self.stores.iter();
+        stores.map(|store| (store.cow.as_os_str(), store)).collect()
+    }
+
     /// The store at this path.
     pub fn find(&self, cow: &Path) -> Option<&AttachedStore> {
         self.stores.iter().find(|store| store.cow == cow)
+    }
+
+    /// The stores at these paths.
+    #[must_use]
+    pub fn only(&self, paths: &[StorePath]) -> Self {
+        self.filtered(paths, true)
+    }
+
+    /// All but the stores at these paths.
+    #[must_use]
+    pub fn without(&self, paths: &[StorePath]) -> Self {
+        self.filtered(paths, false)
+    }
+
+    fn filtered(&self, paths: &[StorePath], keep: bool) -> Self {
+        let paths: BTreeSet<&OsStr> = paths.iter().map(|path| path.0.as_os_str()).collect();
+        let kept = |store: &&AttachedStore| paths.contains(store.cow.as_os_str()) == keep;
+        Self {
+            stores: self.stores.iter().filter(kept).cloned().collect(),
+        }
     }
 
     /// What both name: a store that is about to join or to leave is on it, and
     /// what `self` says of one that both have counts.
     #[must_use]
     pub fn with(&self, other: &Self) -> Self {
+        let known = self.by_cow();
+        let unknown = |store: &&AttachedStore| !known.contains_key(store.cow.as_os_str());
         let mut stores = self.stores.clone();
-        stores.extend(
-            other
-                .stores
-                .iter()
-                .filter(|store| self.find(&store.cow).is_none())
-                .cloned(),
-        );
+        stores.extend(other.stores.iter().filter(unknown).cloned());
         Self { stores }
     }
 }

@@ -36,6 +36,12 @@ pub trait Files {
     fn remove(&mut self, path: &Path) -> io::Result<()>;
     /// Make the names in a folder durable.
     fn sync_folder(&mut self, folder: &Path) -> io::Result<()>;
+    /// Keep other servers from changing what is in a folder, as long as what is
+    /// answered lives; none where that cannot be.
+    fn hold(&self, folder: &Path) -> Option<File> {
+        let _ = folder;
+        None
+    }
     /// Which file is there, if one is.
     fn identify(&self, path: &Path) -> io::Result<Option<FileIdentity>>;
 }
@@ -62,7 +68,8 @@ pub fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-fn folder_of(path: &Path) -> &Path {
+/// The folder that a path lies in.
+pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -119,6 +126,12 @@ impl Files for SystemFiles {
             return Ok(());
         }
         File::open(folder)?.sync_all()
+    }
+
+    fn hold(&self, folder: &Path) -> Option<File> {
+        let file = File::open(folder).ok()?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).ok()?;
+        Some(file)
     }
 
     fn identify(&self, path: &Path) -> io::Result<Option<FileIdentity>> {

@@ -31,6 +31,11 @@
 //! what the state says, and the files in it that no snapshot of the state names
 //! are deleted, if they are still the ones that were identified.
 //!
+//! Changes of different volumes may be under way at the same time; the intent is then
+//! about all of them. A store that is exchanged for a new one at the same path changes
+//! by that one rename: which file it is whose instant the records know is written
+//! down before ([`attached::Anew`]), and which one lies there is looked at.
+//!
 //! Without `--state` there are only the lists, and each disk's rename commits
 //! its own.
 

@@ -1,12 +1,13 @@
 //! Where the list of a disk is: beside an image, as `DISK.nbdsnap`; for a block
-//! device in a state folder, under a name that outlives its device number.
+//! device in a state folder, under a name that outlives its device number. There too
+//! for an image in a folder that cannot be written, under the name of its path.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::files::beside;
+use super::files::{self, beside};
 use super::seal;
 
 /// What stands behind an image's name.
@@ -18,13 +19,34 @@ pub fn list_of(disk: &Path, folder: Option<&Path>) -> io::Result<PathBuf> {
     let disk = fs::canonicalize(disk)?;
     let meta = fs::metadata(&disk)?;
     if !meta.file_type().is_block_device() {
-        return Ok(beside(&disk, SUFFIX));
+        let wanted = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+        let can_write = rustix::fs::access(files::folder_of(&disk), wanted).is_ok();
+        return Ok(of_image(&disk, folder, can_write));
     }
     match device(Path::new("/sys/dev/block"), meta.rdev()) {
         // Whoever serves the image itself finds the same list.
         Some(Device::Loop(image)) => Ok(beside(&image, SUFFIX)),
         Some(Device::Named(name)) => Ok(in_folder(folder, &name)),
         None => Ok(in_folder(folder, &seal::path::to_text(&disk))),
+    }
+}
+
+/// A list of `disk` that lies beside it, though the one that is written is elsewhere:
+/// whoever served the image before may have been allowed to write there.
+pub fn beside_it(disk: &Path, list: &Path) -> io::Result<Option<PathBuf>> {
+    let beside = beside(&fs::canonicalize(disk)?, SUFFIX);
+    Ok((beside != list && beside.is_file()).then_some(beside))
+}
+
+fn of_image(disk: &Path, folder: Option<&Path>, can_write: bool) -> PathBuf {
+    let name = seal::path::to_text(disk).replace('/', "%2f");
+    let folder = folder.map_or_else(system_folder, Path::to_owned);
+    let elsewhere = folder.join(format!("{name}{SUFFIX}"));
+    // One that was begun elsewhere stays there, whoever may write what by now.
+    if can_write && !elsewhere.exists() {
+        beside(disk, SUFFIX)
+    } else {
+        elsewhere
     }
 }
 
@@ -157,6 +179,31 @@ mod tests {
             assert_eq!(list_of(&folder.join(path), None).unwrap(), list);
         }
         assert!(list_of(&folder.join("absent"), None).is_err());
+    }
+
+    #[test]
+    fn the_list_of_an_image_that_lies_where_nobody_writes_is_in_the_state_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = fs::canonicalize(folder.path()).unwrap();
+        let image = folder.join("golden image");
+        fs::write(&image, [0; 512]).unwrap();
+        let state = folder.join("state");
+        let list = of_image(&image, Some(&state), false);
+        assert_eq!(list.parent(), Some(state.as_path()));
+        let beside = beside(&image, SUFFIX);
+        assert_eq!(of_image(&image, Some(&state), true), beside);
+        assert_eq!(beside_it(&image, &list).unwrap(), None);
+        // What somebody else has written beside it counts too.
+        fs::write(&beside, []).unwrap();
+        assert_eq!(beside_it(&image, &list).unwrap(), Some(beside.clone()));
+        assert_eq!(beside_it(&image, &beside).unwrap(), None);
+        // Once begun, it stays where it is.
+        fs::create_dir(&state).unwrap();
+        fs::write(&list, []).unwrap();
+        assert_eq!(of_image(&image, Some(&state), true), list);
+        // No two paths have the same.
+        let other = of_image(Path::new("/a/b-c"), Some(&state), false);
+        assert_ne!(other, of_image(Path::new("/a-b/c"), Some(&state), false));
     }
 
     #[test]

@@ -1,27 +1,16 @@
 //! The records of a state folder: what a server has, and what it is about to do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::attached::{Attached, AttachedStore, Mark};
+use super::attached::{Anew, Attached, AttachedStore, Mark};
 use super::files::{FileIdentity, beside};
 use super::seal;
-use crate::control::protocol::{Growth, WhenFull};
-
-/// P, PO or N, as it is written in records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// P.
-    Persistent,
-    /// PO.
-    Overflow,
-    /// N.
-    Transient,
-}
+use crate::control::protocol::{Growth, Kind, WhenFull};
 
 /// A snapshot that a server has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,9 +36,18 @@ pub struct SnapshotRecord {
     /// How it is extended by itself.
     #[serde(default)]
     pub auto_extend: Option<Growth>,
+    /// When that was, in seconds since 1970; none: nobody has written it down.
+    #[serde(default)]
+    pub taken_at: Option<u64>,
     /// It is being merged into its origin.
     #[serde(default)]
     pub merging: bool,
+    /// At the end of that its file is deleted.
+    #[serde(default)]
+    pub delete_cow: bool,
+    /// The file that is about to take the store's place.
+    #[serde(default)]
+    pub anew: Option<Anew>,
 }
 
 /// A volume that a server has.
@@ -94,6 +92,60 @@ impl State {
         lists
     }
 
+    /// Whether a disk is one that several may have.
+    pub fn shares(&self, disk: &Path) -> bool {
+        let mut volumes = self.volumes.iter();
+        volumes.any(|volume| volume.shared && volume.disk == disk)
+    }
+
+    /// Of a shared disk's stores, those of which `next` says something else than this
+    /// state does: they join the list, change on it or leave it. A volume that leaves
+    /// the server has its stores stay. `before` and `after` are what the two states
+    /// say of the disk.
+    pub fn changed_stores(
+        &self,
+        next: &Self,
+        disk: &Path,
+        before: &Attached,
+        after: &Attached,
+    ) -> Vec<StorePath> {
+        let (known, kept) = (before.by_cow(), after.by_cow());
+        let joins = |one: &&AttachedStore| known.get(one.cow.as_os_str()) != Some(one);
+        let joining = after.stores.iter().filter(joins);
+        let mut changed: Vec<StorePath> = joining.map(|one| StorePath(one.cow.clone())).collect();
+        let stays = next.by_name();
+        let here = self.volumes.iter().filter(|volume| volume.disk == disk);
+        for volume in here.filter(|volume| stays.contains_key(volume.name.as_str())) {
+            let cows = volume.snapshots.iter().map(|snapshot| &snapshot.cow);
+            let leaving = cows.filter(|cow| !kept.contains_key(cow.as_os_str()));
+            changed.extend(leaving.map(|cow| StorePath(cow.clone())));
+        }
+        changed
+    }
+
+    /// The volumes by their names.
+    pub fn by_name(&self) -> BTreeMap<&str, &VolumeRecord> {
+        let volumes = self.volumes.iter();
+        volumes
+            .map(|volume| (volume.name.as_str(), volume))
+            .collect()
+    }
+
+    /// This state, but of the volumes that are named what is said of each: it is so
+    /// now, in its place or, if it is new, behind the others; or it is not there.
+    #[must_use]
+    pub fn with(&self, said: &[(&str, Option<&VolumeRecord>)]) -> Self {
+        let mut left: BTreeMap<&str, Option<&VolumeRecord>> = said.iter().copied().collect();
+        let mut volumes = Vec::new();
+        for volume in &self.volumes {
+            let now = left.remove(volume.name.as_str()).unwrap_or(Some(volume));
+            volumes.extend(now.cloned());
+        }
+        let new = said.iter().filter_map(|(name, _)| left.remove(name));
+        volumes.extend(new.flatten().cloned());
+        Self { volumes }
+    }
+
     /// A snapshot, by the names of its volume and its own.
     pub fn snapshot_mut(&mut self, volume: &str, snapshot: &str) -> Option<&mut SnapshotRecord> {
         let mut volumes = self.volumes.iter_mut();
@@ -109,21 +161,32 @@ impl State {
     }
 
     /// Every store that a snapshot names.
-    pub fn cows(&self) -> BTreeSet<&Path> {
+    pub fn cows(&self) -> BTreeSet<&OsStr> {
         self.volumes
             .iter()
             .flat_map(|volume| &volume.snapshots)
-            .map(|snapshot| snapshot.cow.as_path())
+            .map(|snapshot| snapshot.cow.as_os_str())
             .collect()
     }
 }
 
 impl SnapshotRecord {
+    /// Settle a change of the store's file, given which one lies there.
+    pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
+        if let Some(anew) = self.anew.take().filter(|anew| Some(anew.file) == there) {
+            self.bytes = Some(anew.bytes);
+            self.taken_at = anew.taken_at;
+        }
+    }
+
     fn attached(&self) -> AttachedStore {
         AttachedStore {
             snapshot: self.name.clone(),
             cow: self.cow.clone(),
             bytes: self.bytes,
+            taken_at: self.taken_at,
+            delete_cow: self.delete_cow,
+            anew: self.anew,
             mark: if self.merging {
                 Mark::Merging
             } else {
@@ -192,4 +255,13 @@ pub struct IntentList {
     /// Its list.
     #[serde(with = "seal::path")]
     pub list: PathBuf,
+    /// Of a disk that others may share, the stores that the change is about: what
+    /// else is on the list is not this server's to change. None: the list says what
+    /// the state says.
+    #[serde(default)]
+    pub about: Option<Vec<StorePath>>,
 }
+
+/// The path of a store, in a list of such.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorePath(#[serde(with = "seal::path")] pub PathBuf);

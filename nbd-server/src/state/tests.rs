@@ -1,17 +1,20 @@
 //! The power goes away between any two steps of any change; what is found at the
 //! next start must be the old or the new, whole.
 
+mod records;
+mod shared;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use super::attached::{Attached, AttachedStore, Finding, Mark, Offered};
+use super::attached::{Attached, Mark};
 use super::files::{FileIdentity, Files, SystemFiles, beside};
 use super::keeper::{Change, Keeper, StateError};
-use super::record::{IntentFile, Kind, SnapshotRecord, State, VolumeRecord};
-use super::seal::{self, SealError};
+use super::record::{IntentFile, SnapshotRecord, State, VolumeRecord};
+use crate::control::protocol::Kind;
 
 /// A file of the simulated file system.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,7 +172,10 @@ fn snapshot(name: &str, cow: &str) -> SnapshotRecord {
         read_only: false,
         on_full: crate::control::protocol::WhenFull::Invalidate,
         auto_extend: None,
+        taken_at: Some(1_700_000_000),
         merging: false,
+        delete_cow: false,
+        anew: None,
     }
 }
 
@@ -213,7 +219,7 @@ fn make(
             keeper.abandon(change)?;
             panic!("only the power can fail, and then abandoning fails too");
         }
-        keeper.made(&mut change, path)?;
+        keeper.made(&mut change, &[path.to_owned()])?;
         let named = files
             .rename(&made_as, path)
             .and_then(|()| files.sync_folder(folder));
@@ -281,7 +287,7 @@ fn check(files: &SimFiles, keeper: &Keeper<SimFiles>, what: &str) {
     assert!(files.has("/cows/foreign"), "{what}: somebody else's file");
     let named = keeper.state().cows();
     for cow in ["/cows/old", "/cows/ax", "/cows/bx"] {
-        let wanted = named.contains(Path::new(cow));
+        let wanted = named.contains(std::ffi::OsStr::new(cow));
         assert_eq!(files.has(cow), wanted, "{what}: {cow}");
     }
     let unnamed =
@@ -299,7 +305,7 @@ fn check(files: &SimFiles, keeper: &Keeper<SimFiles>, what: &str) {
         let list = keeper.list(Path::new(disk)).unwrap();
         let wanted = lists.get(Path::new(disk)).cloned();
         assert_eq!(
-            list,
+            *list,
             wanted.unwrap_or_default(),
             "{what}: the list of {disk}"
         );
@@ -416,7 +422,8 @@ fn a_lost_store_stays_lost_and_a_volume_that_leaves_keeps_its_list() {
     let files = prepared();
     let mut keeper = open(&files).unwrap();
     let (disk, cow) = (Path::new("/disks/a"), Path::new("/cows/old"));
-    keeper.mark_lost(disk, cow).unwrap();
+    assert!(!keeper.mark_lost(disk, Path::new("/cows/else")).unwrap());
+    assert!(keeper.mark_lost(disk, cow).unwrap());
     let next = state(&[old_one(), snapshot("y", "/cows/y")], &[]);
     let mut change = keeper.begin(next, Vec::new()).unwrap();
     keeper.commit(&mut change).unwrap();
@@ -431,97 +438,6 @@ fn a_lost_store_stays_lost_and_a_volume_that_leaves_keeps_its_list() {
     keeper.commit(&mut change).unwrap();
     keeper.finish(change).unwrap();
     assert_eq!(keeper.list(disk).unwrap(), list);
-}
-
-fn store(name: &str, mark: Mark) -> AttachedStore {
-    AttachedStore {
-        snapshot: name.into(),
-        cow: format!("/cows/{name}").into(),
-        bytes: None,
-        mark,
-    }
-}
-
-#[test]
-fn a_disk_is_not_written_without_its_stores_nor_with_strange_ones() {
-    let list = Attached {
-        stores: vec![
-            store("a", Mark::Attached),
-            store("m", Mark::Merging),
-            store("l", Mark::Lost),
-        ],
-    };
-    let offer = |cow, is_old, adopted| Offered {
-        cow: Path::new(cow),
-        is_old,
-        adopted,
-    };
-    let (a, m) = (offer("/cows/a", true, false), offer("/cows/m", true, false));
-    assert_eq!(list.judge(&[a, m], &[]), []);
-    let missing = [
-        Finding::Missing(store("a", Mark::Attached)),
-        Finding::MissingMerge(store("m", Mark::Merging)),
-    ];
-    assert_eq!(list.judge(&[], &[]), missing);
-    let given_up: Vec<PathBuf> = vec!["/cows/a".into(), "/cows/m".into()];
-    assert_eq!(
-        list.judge(&[], &given_up),
-        missing[1..],
-        "a merge is never given up"
-    );
-    let lost = offer("/cows/l", true, true);
-    let found = list.judge(&[a, m, lost], &[]);
-    assert_eq!(found, [Finding::Lost(store("l", Mark::Lost))]);
-    let strange = offer("/cows/s", true, false);
-    let found = list.judge(&[a, m, strange], &[]);
-    assert_eq!(found, [Finding::Unlisted("/cows/s".into())]);
-    for fine in [offer("/cows/s", true, true), offer("/cows/s", false, false)] {
-        assert_eq!(list.judge(&[a, m, fine], &[]), []);
-    }
-}
-
-#[test]
-fn records_are_read_back_and_damage_is_noticed() {
-    let list = Attached {
-        stores: vec![store("a", Mark::Merging)],
-    };
-    let bytes = seal::encode("attached", &list);
-    assert_eq!(seal::decode::<Attached>("attached", &bytes).unwrap(), list);
-    for at in 0..bytes.len() {
-        let mut damaged = bytes.clone();
-        damaged[at] ^= 1;
-        assert!(
-            seal::decode::<Attached>("attached", &damaged).is_err(),
-            "byte {at}"
-        );
-    }
-    for end in 0..bytes.len() {
-        assert!(
-            seal::decode::<Attached>("attached", &bytes[..end]).is_err(),
-            "{end} bytes"
-        );
-    }
-    let other = seal::decode::<State>("state", &bytes);
-    assert!(matches!(other, Err(SealError::Foreign("state"))));
-    let later = String::from_utf8(bytes).unwrap().replacen(" 1 ", " 2 ", 1);
-    let later = seal::decode::<Attached>("attached", later.as_bytes());
-    assert!(matches!(later, Err(SealError::Version(2))));
-}
-
-#[test]
-fn paths_of_any_bytes_come_back() {
-    use std::os::unix::ffi::OsStringExt;
-    for bytes in [
-        &b"/plain/path"[..],
-        b"/a%b",
-        b"/\xff\xfe/x\n",
-        "/größe".as_bytes(),
-    ] {
-        let path = PathBuf::from(std::ffi::OsString::from_vec(bytes.to_vec()));
-        let text = seal::path::to_text(&path);
-        assert_eq!(seal::path::from_text(&text), Some(path), "{text}");
-    }
-    assert_eq!(seal::path::from_text("/a%f"), None);
 }
 
 #[test]
@@ -544,7 +460,7 @@ fn the_files_of_this_machine_do_the_same() {
     let make = |keeper: &mut Keeper<SystemFiles>, change: &mut Change| {
         let made_as = change.made_as(&at("cows/x")).unwrap();
         std::fs::write(&made_as, b"").unwrap();
-        keeper.made(change, &at("cows/x")).unwrap();
+        keeper.made(change, &[at("cows/x")]).unwrap();
         std::fs::rename(made_as, at("cows/x")).unwrap();
     };
     let mut change = keeper.begin(next.clone(), vec![file.clone()]).unwrap();
@@ -562,4 +478,44 @@ fn the_files_of_this_machine_do_the_same() {
     assert_eq!(keeper.state(), &next);
     assert!(at("disks/a.nbdsnap").exists());
     assert!(!at("state/intent").exists());
+}
+
+/// Two changes at a time, of two volumes: each is done or undone by itself, whatever
+/// the power leaves of the other.
+fn two_at_a_time(keeper: &mut Keeper<SimFiles>, files: &mut SimFiles) -> Result<(), StateError> {
+    let a = state(&[old_one(), snapshot("x", "/cows/ax")], &[]);
+    let mut first = make(keeper, files, a, &["/cows/ax"])?;
+    let b = state(&[old_one()], &[snapshot("x", "/cows/bx")]);
+    let mut second = make(keeper, files, b, &["/cows/bx"])?;
+    keeper.commit(&mut second)?;
+    keeper.finish(second)?;
+    keeper.commit(&mut first)?;
+    keeper.finish(first)
+}
+
+#[test]
+fn changes_of_two_volumes_pass_each_other_by() {
+    let (old, new) = cut_everywhere(two_at_a_time);
+    assert!(old > 0 && new > 0);
+    let mut files = prepared();
+    let mut keeper = open(&files).unwrap();
+    two_at_a_time(&mut keeper, &mut files).unwrap();
+    let both = state(
+        &[old_one(), snapshot("x", "/cows/ax")],
+        &[snapshot("x", "/cows/bx")],
+    );
+    assert_eq!(*keeper.state(), both);
+
+    // What one gives up takes nothing of the other back.
+    let without_a = state(&[old_one()], &[snapshot("x", "/cows/bx")]);
+    let mut first = keeper.begin(without_a, Vec::new()).unwrap();
+    keeper.commit(&mut first).unwrap();
+    let without_b = state(&[old_one()], &[]);
+    let mut second = keeper.begin(without_b.clone(), Vec::new()).unwrap();
+    keeper.commit(&mut second).unwrap();
+    keeper.abandon(first).unwrap();
+    assert_eq!(keeper.state().volumes[0], both.volumes[0]);
+    assert_eq!(keeper.state().volumes[1], without_b.volumes[1]);
+    keeper.finish(second).unwrap();
+    assert!(!files.has("/state/intent"));
 }

@@ -111,6 +111,7 @@ tallies! {
     InvalidBySnapshotWrite "invalid: no space for a snapshot write",
     InvalidByError "invalid: an injected error",
     Unmarked "invalid, and its store could not be marked so",
+    MarkedElsewhere "invalid, and the list of stores says so",
     InvalidFound "invalid store found on open",
     InvalidRefused "request refused by an invalid snapshot",
     Overflow "overflow of a PO store",

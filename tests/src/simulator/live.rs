@@ -300,6 +300,20 @@ impl Session<'_> {
         self.pump()
     }
 
+    /// Its store cannot say that it is lost: the list of the origin's stores does, or
+    /// it cannot be written either.
+    pub(super) fn on_mark_wanted(&mut self, id: SnapshotId) -> Result<(), Violation> {
+        let index = self.known(id)?;
+        let slot = &mut self.world.slots[index];
+        let durable = slot.phase != Phase::Removing && self.world.rng.chance(1, 2);
+        if durable {
+            slot.listed_lost = true;
+            self.world.ledger.count(Tally::MarkedElsewhere);
+        }
+        self.volume.marked_lost(id, durable);
+        Ok(())
+    }
+
     pub(super) fn on_suspended(&mut self, durable: bool) -> Result<(), Violation> {
         if self.suspension != Suspension::Asked || self.in_flight() > 0 {
             return Err(Violation(

@@ -345,6 +345,22 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Whole tenths of a merge that runs, and not of more than is done.
+    pub(super) fn on_merge_progress(&self, id: SnapshotId, percent: u8) -> Result<(), Violation> {
+        let merging = self.marked(id)?;
+        let progress = self.volume.merge_progress();
+        let done = progress.map_or(100, |now| {
+            100 * (now.total_chunks - now.left_chunks) / now.total_chunks.max(1)
+        });
+        let whole = (10..=90).contains(&percent) && percent.is_multiple_of(10);
+        if !merging.begun || !whole || u64::from(percent) > done {
+            return Err(Violation(format!(
+                "{percent} percent of a merge are said to be done, of which {done} are"
+            )));
+        }
+        Ok(())
+    }
+
     /// The status of a merging store: the exceptions that are left in it.
     pub(super) fn merge_status_is_right(&self, index: usize, status: Status) -> bool {
         let slot = &self.world.slots[index];

@@ -314,6 +314,8 @@ impl Session<'_> {
             Event::Invalid(id, why) | Event::Unmarked(id, why) => {
                 self.on_invalid(id, why, matches!(event, Event::Unmarked(..)))
             }
+            Event::MarkLost(id, _) => self.on_mark_wanted(id),
+            Event::MergeProgress(id, percent) => self.on_merge_progress(id, percent),
             Event::Overflow(id) => {
                 let index = self.known(id)?;
                 let slot = &mut self.world.slots[index];

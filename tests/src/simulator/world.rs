@@ -106,6 +106,8 @@ pub(super) struct Slot {
     pub(super) may_be_invalid: bool,
     /// An origin write went out without a copy: no open may find it valid.
     pub(super) doomed: bool,
+    /// The list of the origin's stores says that it is lost: it is not opened again.
+    pub(super) listed_lost: bool,
     /// Exceptions at the last look, to see boundaries being crossed.
     pub(super) counted: u64,
     /// When its creation began, and how many writes of the origin were unanswered then.
@@ -137,6 +139,7 @@ impl Slot {
             hurt: false,
             may_be_invalid: false,
             doomed: false,
+            listed_lost: false,
             counted: 0,
             created_at: 0,
             traffic_at_creation: 0,
@@ -206,6 +209,7 @@ impl Slot {
         self.hurt = false;
         self.may_be_invalid = false;
         self.doomed = false;
+        self.listed_lost = false;
         self.counted = 0;
         self.on_full = FullPolicy::default();
         self.filling = 0;
@@ -367,6 +371,11 @@ impl World {
                 slot.clear();
                 slot.was_removed = true;
                 self.ledger.count(Tally::RemovalCutOff);
+                continue;
+            }
+            if slot.listed_lost {
+                slot.clear();
+                slot.was_removed = true;
                 continue;
             }
             let full = slot.on_full.invalidate && slot.may_be_full();

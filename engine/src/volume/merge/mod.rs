@@ -85,6 +85,8 @@ pub(crate) struct Merge {
     /// The list of them on the disk.
     unwind: Unwind,
     total: u64,
+    /// Tenths of them of which it was said that they are merged.
+    said: u64,
     /// Bytes that the store may have.
     limit: u64,
     /// Bytes of the snapshot: what lies behind them is the origin's alone.
@@ -132,6 +134,7 @@ impl Merge {
             table: store.table,
             unwind: store.unwind,
             total: store.unwind.left(),
+            said: 0,
             limit: store.limit,
             bytes: store.bytes,
             stage: Stage::Resting,
@@ -145,6 +148,17 @@ impl Merge {
             // It was flushed when it was opened, or just before the merge began.
             dirty: false,
         }
+    }
+
+    /// How much of it is done, in percent, if that is a tenth more than was said last.
+    fn progress_to_say(&mut self) -> Option<u8> {
+        let left = self.unwind.left();
+        let tenths = 10 * (self.total - left) / self.total;
+        if left == 0 || tenths <= self.said {
+            return None;
+        }
+        self.said = tenths;
+        Some(tenths as u8 * 10)
     }
 
     fn rests(&self) -> bool {

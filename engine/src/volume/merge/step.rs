@@ -378,6 +378,10 @@ impl Volume {
         for &old in &step.chunks {
             merge.table.remove(old);
         }
+        if let Some(percent) = merge.progress_to_say() {
+            let id = merge.id;
+            self.events.push_back(Event::MergeProgress(id, percent));
+        }
         self.open_merge_window(step.window);
     }
 

@@ -2,6 +2,8 @@
 
 use super::*;
 
+const FIRST: SnapshotId = SnapshotId(0);
+
 /// The volume of a rig with one store, driven by hand.
 pub(super) fn rig(kind: StoreKind, ready: u64, limit: u64) -> Rig {
     Rig::new(&[(kind, 1, ready, limit)], 1)
@@ -105,6 +107,8 @@ fn a_flush_that_fails_beside_the_header_leaves_no_doubt() {
             assert!(matches!(rig.events()[..], [Event::Invalid(..)]));
         } else {
             rig.fail(is_flush, DiskError::Io(5));
+            assert!(matches!(rig.events()[..], [Event::MarkLost(FIRST, _)]));
+            rig.volume.marked_lost(FIRST, false);
             assert!(matches!(rig.events()[..], [Event::Unmarked(..)]));
         }
         while rig.step() {}
@@ -116,6 +120,65 @@ fn a_flush_that_fails_beside_the_header_leaves_no_doubt() {
             "origin writes go on if the disk knows"
         );
     }
+}
+
+/// A store whose header cannot be marked is marked elsewhere: until that is so the
+/// write that broke it waits, and with it the end of the volume; if there is no mark
+/// at all, it fails.
+#[test]
+fn a_write_waits_until_the_loss_is_marked_somewhere() {
+    for durable in [true, false] {
+        for closing in [true, false] {
+            let mut rig = rig(StoreKind::Persistent, 40, 40);
+            write(&mut rig, 1, View::Origin, 3);
+            rig.take();
+            rig.fail(is_origin_read, DiskError::Io(5));
+            rig.fail(is_header, DiskError::Io(5));
+            assert!(matches!(rig.events()[..], [Event::MarkLost(FIRST, _)]));
+            if closing {
+                rig.volume.close();
+            }
+            while rig.step() {}
+            assert!(
+                rig.replies.is_empty(),
+                "the write does not wait for the mark"
+            );
+            assert!(rig.events().is_empty());
+            assert_eq!(rig.volume.status(FIRST), Some(Status::Invalid));
+            rig.volume.marked_lost(FIRST, durable);
+            rig.volume.marked_lost(FIRST, !durable);
+            while rig.step() {}
+            let [reply] = &rig.replies[..] else {
+                panic!("{:?}", rig.replies);
+            };
+            assert_eq!(reply.result.is_ok(), durable);
+            let events = rig.events();
+            let told = matches!(events[0], Event::Invalid(..));
+            assert_eq!(told, durable, "{events:?}");
+            if closing {
+                assert_eq!(events.last(), Some(&Event::Closed(durable)));
+            }
+        }
+    }
+}
+
+/// One that is removed while its mark is being made needs none.
+#[test]
+fn a_removal_does_not_wait_for_the_mark() {
+    let mut rig = rig(StoreKind::Persistent, 40, 40);
+    write(&mut rig, 1, View::Origin, 3);
+    rig.take();
+    rig.fail(is_origin_read, DiskError::Io(5));
+    rig.fail(is_header, DiskError::Io(5));
+    assert!(matches!(rig.events()[..], [Event::MarkLost(FIRST, _)]));
+    rig.volume.remove_snapshot(FIRST);
+    while rig.step() {}
+    assert_eq!(rig.events(), [Event::Removed(FIRST)]);
+    rig.volume.marked_lost(FIRST, false);
+    while rig.step() {}
+    assert_eq!(rig.replies.len(), 1);
+    assert!(rig.replies[0].result.is_ok());
+    assert!(rig.events().is_empty());
 }
 
 /// A full file system is asked again when there is need, and only then is the

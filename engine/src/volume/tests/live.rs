@@ -7,6 +7,22 @@ use super::*;
 const FIRST: SnapshotId = SnapshotId(0);
 const OF_FIRST: View = View::Snapshot(FIRST);
 
+/// A disk that has grown is written at once behind the end of its snapshots.
+#[test]
+fn a_write_behind_a_shorter_snapshot_needs_no_queue() {
+    let mut rig = rig(StoreKind::Persistent, 40, 40);
+    rig.volume.grow_origin(ORIGIN + 4096).unwrap();
+    let mut extents = Vec::new();
+    for (offset, way) in [
+        (ORIGIN - 512, Now::Queue),
+        (ORIGIN, Now::Go),
+        (ORIGIN + 3584, Now::Go),
+    ] {
+        let now = (rig.volume).write_now(View::Origin, offset, 512, &mut extents);
+        assert_eq!(now, way, "at {offset}");
+    }
+}
+
 #[test]
 fn a_removed_snapshot_lets_origin_writes_go_and_leaves_when_its_operations_have_ended() {
     let mut rig = rig(StoreKind::Persistent, 40, 40);

@@ -16,7 +16,8 @@ impl Rig {
     /// What the volume said, but for how full its stores are.
     fn told(&mut self) -> Vec<Event> {
         let events = self.events().into_iter();
-        let told = events.filter(|event| !matches!(event, Event::Filling(..)));
+        let told =
+            events.filter(|event| !matches!(event, Event::Filling(..) | Event::MergeProgress(..)));
         told.collect()
     }
 

@@ -10,6 +10,7 @@ use super::super::Failure;
 use super::super::serve;
 use super::super::spec::{self, DiskSpec, SnapshotSpec};
 use crate::client::{Answer, Client, ClientError};
+use crate::io::VolumeAccess;
 use crate::nbd::uri::{ListenAddr, NbdUri};
 use crate::server::setup::Setup;
 use crate::server::{RunningServer, SnapshotStatus};
@@ -88,7 +89,8 @@ impl Stage {
             snapshot.cow = self.folder.join(snapshot.cow);
             snapshots.push(snapshot);
         }
-        let volumes = spec::assemble(vec![disk], snapshots, false).map_err(Failure::usage)?;
+        let volumes = spec::assemble(vec![disk], snapshots, VolumeAccess::ReadWrite)
+            .map_err(Failure::usage)?;
         let wanted = serve::Wanted {
             volumes,
             addresses: &[self.address()],

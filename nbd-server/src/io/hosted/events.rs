@@ -16,6 +16,7 @@ impl Hosted {
             Event::Filling(id, percent) => (*id, What::Filling(*percent)),
             Event::Full(id) => (*id, What::Full),
             Event::MergeBegun(id) => (*id, What::MergeBegun),
+            Event::MergeProgress(id, percent) => (*id, What::MergeProgress(*percent)),
             Event::Merged(id) => (*id, What::Merged),
             Event::MergeFailed(id, why) => (*id, What::MergeFailed(why)),
             _ => return,
@@ -55,10 +56,18 @@ impl Hosted {
                 "the snapshot is lost: {why}; its reads and writes fail from now on, the origin goes on; \
                  give the next one a larger store"
             ),
+            Event::MarkLost(id, why) => {
+                tracing::error!(
+                    export = self.export(*id),
+                    "the snapshot is lost: {why}; its store could not be marked as lost, and is \
+                     marked in the list of the disk's stores instead: look at the store's disk"
+                );
+                outside.herald.mark_lost(outside.loss(self.id, *id));
+            }
             Event::Unmarked(id, why) => tracing::error!(
                 export = self.export(*id),
-                "the snapshot is lost: {why}; and its store could not be marked as lost, so that the \
-                 origin takes no more writes: stop the server, remove the store, and look at its disk"
+                "the snapshot is lost: {why}; and neither its store nor the list of the disk's stores \
+                 could be marked, so that the origin takes no more writes: stop the server, remove the store, and look at its disk"
             ),
             Event::Overflow(id) => tracing::warn!(
                 export = self.export(*id),
@@ -80,6 +89,9 @@ impl Hosted {
                     "the disk has been rolled back to the snapshot; its chunks are merged from now on"
                 );
                 self.merge_begun();
+            }
+            Event::MergeProgress(id, percent) => {
+                tracing::debug!(export = self.export(*id), percent, "merging");
             }
             Event::Merged(id) => {
                 tracing::info!(export = self.export(*id), "the snapshot is merged");

@@ -20,23 +20,18 @@ use nbdsnap_engine::{
     SnapshotId, SnapshotInfo, Status, Store, View, Volume, VolumeConfig,
 };
 
-use crate::io::VolumeId;
 use crate::io::connection::Connection;
 use crate::io::disk::{Disk, LocalDisk, READ_HERE_MAX, WRITE_HERE_MAX};
 use crate::io::file::Medium;
-use crate::io::helpers::Helpers;
 use crate::io::shard::{Clients, Message, Outside};
 use crate::io::table::{Key, Table};
+use crate::io::{VolumeAccess, VolumeId};
 use crate::law;
 use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
 use orders::Hold;
 pub use orders::{AutoExtend, NotHeld, NotMerged, Settings, VolumeOrder};
-
-/// Threads that wait for the disks of one volume: so many operations at once. Each
-/// volume has its own, so that a disk that hangs holds up nobody else's.
-const HELPERS: usize = 8;
 
 /// Operations performed for one volume before others have their turn.
 const TURN_OPS: usize = 1024;
@@ -78,8 +73,8 @@ pub struct NewVolume {
     pub config: VolumeConfig,
     /// The origin.
     pub disk: NewDisk,
-    /// Nothing may change on any of its devices.
-    pub read_only: bool,
+    /// What may change on its devices.
+    pub access: VolumeAccess,
     /// Its snapshots.
     pub snapshots: Vec<NewSnapshot>,
 }
@@ -168,7 +163,6 @@ pub(super) struct Hosted {
     volume: Volume,
     origin: LocalDisk,
     stores: BTreeMap<SnapshotId, HostedStore>,
-    helpers: Helpers,
     waiting: Table<Waiting>,
     state: State,
     arrival: Option<Arrival>,
@@ -182,8 +176,8 @@ pub(super) struct Hosted {
     auto_extends: BTreeMap<SnapshotId, AutoExtend>,
     /// Whom to tell that a merge has begun.
     merge: Option<Sender<Result<(), NotMerged>>>,
-    /// Not a byte of any store may change.
-    stores_read_only: bool,
+    /// What may change on its devices.
+    access: VolumeAccess,
     /// Memory for one question at a time.
     extents: Vec<Extent>,
 }
@@ -197,12 +191,15 @@ impl Hosted {
         } else {
             Medium::OriginFile
         };
-        let read_only = new.read_only;
+        let access = new.access;
         let local = |file, medium| {
             LocalDisk::new(Disk {
                 file,
                 medium,
-                read_only,
+                read_only: match medium {
+                    Medium::Store => !access.writes_stores(),
+                    Medium::OriginFile | Medium::OriginBlockDevice => !access.writes_origin(),
+                },
             })
         };
         let mut volume = law::new_volume(new.config);
@@ -238,7 +235,6 @@ impl Hosted {
             volume,
             origin: local(new.disk.file, medium),
             stores,
-            helpers: Helpers::new(HELPERS),
             waiting: Table::new(),
             state: State::Serving,
             hold: None,
@@ -246,7 +242,7 @@ impl Hosted {
             suspending: None,
             auto_extends: BTreeMap::new(),
             merge: None,
-            stores_read_only: read_only,
+            access,
             arrival: Some(Arrival {
                 views,
                 missing,
@@ -510,7 +506,7 @@ impl Hosted {
             }
             let disk = Arc::clone(&local.disk);
             let volume = self.id;
-            outside.submit(&self.helpers, move || Message::Completed {
+            outside.submit(volume, move || Message::Completed {
                 volume,
                 op: op.id,
                 outcome: disk.perform(&op.action),

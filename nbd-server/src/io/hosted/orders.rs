@@ -79,6 +79,13 @@ pub enum VolumeOrder {
         /// Told when its disks are not used any more, and whether all is durable.
         left: Sender<bool>,
     },
+    /// What came of a [`crate::io::Loss`].
+    MarkedLost {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// There is a durable mark.
+        durable: bool,
+    },
     /// End a snapshot: its clients are told, and dropped.
     Remove {
         /// Which.
@@ -187,6 +194,9 @@ impl Hosted {
                     let _ = begun.send(Err(NotMerged::Refused(error)));
                 }
             },
+            VolumeOrder::MarkedLost { snapshot, durable } => {
+                self.volume.marked_lost(snapshot, durable);
+            }
             VolumeOrder::Suspend { suspended } => {
                 self.volume.suspend();
                 self.suspending = Some(suspended);
@@ -243,7 +253,7 @@ impl Hosted {
         let disk = LocalDisk::new(Disk {
             file,
             medium: Medium::Store,
-            read_only: self.stores_read_only,
+            read_only: !self.access.writes_stores(),
         });
         self.stores.insert(id, HostedStore { name, disk });
     }

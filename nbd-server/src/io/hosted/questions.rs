@@ -79,7 +79,7 @@ impl Hosted {
     fn ask_file_system(&self, request: Key, extents: Vec<Extent>, outside: &Outside) {
         let disk = Arc::clone(&self.origin.disk);
         let volume = self.id;
-        outside.submit(&self.helpers, move || Message::Status {
+        outside.submit(volume, move || Message::Status {
             volume,
             request,
             status: block_status::look_up(&disk.file, &extents),
@@ -167,7 +167,7 @@ impl Hosted {
             kind: Kind::Word,
         });
         let volume = self.id;
-        outside.submit(&self.helpers, move || {
+        outside.submit(volume, move || {
             for (disk, offset, len) in ranges {
                 let len = std::num::NonZeroU64::new(len);
                 // It is a hint to the kernel: what it cannot do is not missed.

@@ -4,14 +4,14 @@ use std::time::UNIX_EPOCH;
 
 use nbdsnap_engine::View;
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, ClientReport, Disconnect};
 use crate::io::{ClientStatus, Shard};
 use crate::names;
 
-impl Administrator {
-    pub(super) fn report_clients(&self) -> Result<Answer, Refused> {
+impl Turn<'_> {
+    pub(super) fn report_clients(&mut self) -> Result<Answer, Refused> {
         let asked: Vec<_> = self.shards.iter().map(Shard::clients).collect();
         let mut clients = Vec::new();
         for (shard, answer) in asked.into_iter().enumerate() {
@@ -22,15 +22,18 @@ impl Administrator {
         Ok(Answer::Clients(clients))
     }
 
-    pub(super) fn disconnect(&self, disconnect: &Disconnect) -> Result<Answer, Refused> {
+    pub(super) fn disconnect(&mut self, disconnect: &Disconnect) -> Result<Answer, Refused> {
         let Answer::Clients(mut clients) = self.report_clients()? else {
             unreachable!("clients are what was asked for");
         };
         clients.retain(|client| client.id == disconnect.client);
         let mut found = false;
-        for (number, shard) in self.shards.iter().enumerate() {
-            let answer = shard.disconnect(disconnect.client);
-            found |= self.wait(number, &answer, None)?;
+        let asked = self.shards.iter();
+        let asked: Vec<_> = asked
+            .map(|shard| shard.disconnect(disconnect.client))
+            .collect();
+        for (shard, answer) in asked.into_iter().enumerate() {
+            found |= self.wait(shard, &answer, None)?;
         }
         if found {
             Ok(Answer::Clients(clients))

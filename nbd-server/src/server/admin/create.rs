@@ -3,23 +3,27 @@
 //! all of them, or none.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nbdsnap_engine::{OnFull, SnapshotId};
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::{Shared, Turn};
 use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
-use crate::disks::{self, Note, SnapshotPlan, SnapshotRequest};
+use crate::disks::{self, Known, Making, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::law;
 use crate::names;
 use crate::server::moving::new_snapshot;
 use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
 use crate::server::setup::{Defaults, OpenSnapshot};
-use crate::state::admission::{Recorded, files_to_make};
+use crate::state::admission::files_to_make;
 use crate::state::keeper::Change;
+use crate::state::place::settled;
+use crate::state::record::State;
 
 /// All volumes of a group are at rest within this time, or none is held any more.
 const HOLD: Duration = Duration::from_secs(30);
@@ -40,7 +44,7 @@ pub(super) struct HeldPart {
     pub(super) facts: Vec<SnapshotFacts>,
 }
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn create(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
         self.check_creation(create)?;
         let mut plan = SnapshotPlan::default();
@@ -57,26 +61,32 @@ impl Administrator {
                 return Err(refused);
             }
         };
-        let mut making = Recorded {
-            keeper: &mut self.keeper,
-            change: &mut change,
+        let roles = plan.roles();
+        let making = |aside: &Shared| {
+            let change = &mut change;
+            plan.carry_out(&mut RecordedAside { aside, change })
         };
-        let made = match plan.carry_out(&mut self.taken, &mut making) {
+        let made = match self.aside(making) {
             Ok(made) => made,
             Err(refusal) => {
+                self.give_back(&roles);
                 self.forget(change);
                 return Err(refusal.into());
             }
         };
+        made.note(&mut self.taken);
         let parts = self.parts(create, made.snapshots);
-        let commit = |this: &mut Self| Ok(this.keeper.commit(&mut change)?);
+        let commit = |this: &mut Self| Ok(this.records().commit(&mut change)?);
         match self.take_all(parts, commit) {
             Ok(held) => {
                 made.deed.keep();
                 log_notes(&made.notes);
-                self.enter(held);
+                let as_planned = self.enter(held);
                 self.publish();
-                self.keeper.finish(change)?;
+                self.finish(change)?;
+                if !as_planned {
+                    self.record(|_| ())?;
+                }
                 for name in &create.snapshots {
                     self.tell(EventKind::Created, name);
                 }
@@ -90,17 +100,25 @@ impl Administrator {
         }
     }
 
+    /// Stores that could not be made are nobody's.
+    pub(super) fn give_back(&mut self, roles: &[String]) {
+        for role in roles {
+            self.taken.give_back_cow(role);
+        }
+    }
+
     /// Begin to record the snapshots of a plan.
     fn begin(&mut self, create: &SnapshotCreate, plan: &SnapshotPlan) -> Result<Change, Refused> {
-        let mut next = self.recorded();
         let offered = plan.offered();
-        for (name, store) in create.snapshots.iter().zip(&offered) {
-            let volumes = &mut next.volumes;
-            let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
-            let volume = volume.expect("checked before");
-            volume.snapshots.push(store.into());
-        }
-        Ok(self.keeper.begin(next, files_to_make(&offered))?)
+        let edit = |next: &mut State| {
+            for (name, store) in create.snapshots.iter().zip(&offered) {
+                let volumes = &mut next.volumes;
+                let volume = volumes.iter_mut().find(|volume| volume.name == name.volume);
+                let volume = volume.expect("checked before");
+                volume.snapshots.push(store.into());
+            }
+        };
+        self.begin_change(edit, files_to_make(&offered))
     }
 
     /// What can be refused by looking at names.
@@ -150,7 +168,7 @@ impl Administrator {
                     snapshot: merging.name.clone(),
                 }));
             }
-            if volume.origin.read_only {
+            if !volume.origin.access.writes_stores() {
                 return Err(Refused::ReadOnly(volume.name.clone()));
             }
             if create.cow.is_none() && volume.is_block_device {
@@ -166,10 +184,11 @@ impl Administrator {
         name: &SnapshotName,
         plan: &mut SnapshotPlan,
     ) -> Result<(), Refused> {
-        let volume = self.registry.volume(&name.volume).expect("checked before");
-        let origin = &volume.origin;
         let behaviour = self.behaviour(create);
-        let beside = || disks::default_cow(origin, &name.snapshot);
+        let books = &mut **self;
+        let volume = books.registry.volume(&name.volume).expect("checked before");
+        let origin = &volume.origin;
+        let beside = || disks::default_cow(origin, &name.volume, &name.snapshot);
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
             cow: create.cow.clone().unwrap_or_else(beside),
@@ -180,11 +199,10 @@ impl Administrator {
             format: false,
             adopt: false,
             must_exist: false,
-            merging: false,
-            bytes: None,
+            known: Known::default(),
             behaviour: Some(behaviour),
         };
-        plan.add(&name.volume, origin, &request, &mut self.taken)?;
+        plan.add(&name.volume, origin, &request, &mut books.taken)?;
         Ok(())
     }
 
@@ -276,7 +294,7 @@ impl Administrator {
 
     /// Take the instant that the volumes hold, all of them before any answer is
     /// waited for.
-    fn take(&self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
+    fn take(&mut self, places: &[(usize, VolumeId)]) -> Result<(), Refused> {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
             let (taken, answer) = channel();
@@ -293,7 +311,7 @@ impl Administrator {
     }
 
     /// Give the instant up, and wait until nobody uses the stores any more.
-    fn abandon(&self, places: &[(usize, VolumeId)]) {
+    fn abandon(&mut self, places: &[(usize, VolumeId)]) {
         let mut answers = Vec::new();
         for &(shard, volume) in places {
             let (abandoned, answer) = channel();
@@ -306,18 +324,41 @@ impl Administrator {
         }
     }
 
-    fn enter(&mut self, held: Vec<HeldPart>) {
+    /// The registry has the snapshots from now on. False: the records have them as
+    /// of another second, in which they were planned.
+    fn enter(&mut self, held: Vec<HeldPart>) -> bool {
         let taken = Taken::Live(now());
+        let mut as_planned = true;
         for part in held {
             let volume = self
                 .registry
                 .volume_mut(&part.name)
                 .expect("volumes stay while an order is executed");
             for (id, facts) in part.ids.into_iter().zip(part.facts) {
+                as_planned &= facts.taken_at == taken.at();
                 let entry = SnapshotEntry::new(id, taken, facts);
                 volume.snapshots.push(entry);
             }
         }
+        as_planned
+    }
+}
+
+/// Files that are made while others may have the books, as part of a change.
+pub(super) struct RecordedAside<'a> {
+    pub(super) aside: &'a Shared,
+    pub(super) change: &'a mut Change,
+}
+
+impl Making for RecordedAside<'_> {
+    fn first_name(&self, path: &Path) -> Option<PathBuf> {
+        self.change.made_as(&settled(path))
+    }
+
+    fn made(&mut self, paths: &[PathBuf]) -> io::Result<()> {
+        let paths: Vec<PathBuf> = paths.iter().map(|path| settled(path)).collect();
+        let made = self.aside.records().made(self.change, &paths);
+        made.map_err(io::Error::other)
     }
 }
 

@@ -10,17 +10,18 @@ use nbdsnap_engine::StoreKind;
 use super::Administrator;
 use super::refusal::Refused;
 use super::remove::clean_up;
+use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
-use crate::io::{News, NotMerged, VolumeOrder, What};
-use crate::server::registry::{MergeState, Suspension};
+use crate::io::{News, NotMerged, VolumeAccess, VolumeOrder, What};
+use crate::server::registry::{MergeState, SnapshotEntry, Suspension};
 use crate::state::record::State;
 
 /// A disk comes to rest within this time, mostly.
 const BEGIN: Duration = Duration::from_mins(1);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn merge(&mut self, merge: &SnapshotMerge) -> Result<Answer, Refused> {
         let name = &merge.snapshot;
         let (_, volume, entry) = self.find(name)?;
@@ -29,8 +30,10 @@ impl Administrator {
             return Err(Refused::MergeTransient(name.clone()));
         }
         let volume_entry = self.registry.volume(&name.volume).expect("found above");
-        if volume_entry.origin.read_only {
-            return Err(Refused::ReadOnly(name.volume.clone()));
+        match volume_entry.origin.access {
+            VolumeAccess::ReadWrite => {}
+            VolumeAccess::Shared => return Err(Refused::MergeShared(name.clone())),
+            VolumeAccess::ReadOnly => return Err(Refused::ReadOnly(name.volume.clone())),
         }
         if volume_entry.suspension != Suspension::Running {
             return Err(Refused::StandsStill(name.volume.clone()));
@@ -48,6 +51,13 @@ impl Administrator {
             MergeClients::Wait if clients > 0 => {
                 self.set_merge(name, MergeState::Waiting { delete_cow });
                 self.tell(EventKind::MergeWaiting, name);
+                // The last of them may have gone between the look and the note.
+                if self.origin_clients(volume)? == 0 {
+                    match self.begin_merge(name, true, delete_cow) {
+                        Ok(()) | Err(Refused::MergeInUse(..)) => {}
+                        Err(refused) => return Err(refused),
+                    }
+                }
             }
             MergeClients::Refuse if clients > 0 && !tries_again => {
                 return Err(Refused::MergeInUse(name.volume.clone(), clients));
@@ -83,7 +93,7 @@ impl Administrator {
     ) -> Result<(), Refused> {
         let (shard, volume, entry) = self.find(name)?;
         let (snapshot, before) = (entry.id, entry.merge);
-        self.record_merging(name, true)?;
+        self.record_merging(name, delete_cow)?;
         // It vanishes from the lists before its clients are dropped.
         self.set_merge(name, MergeState::Begun { delete_cow });
         self.publish();
@@ -109,19 +119,19 @@ impl Administrator {
             }
             Err(NotMerged::Failed(why)) => Refused::NotMergeable(name.clone(), why.to_owned()),
         };
+        // The mark goes again, or says what it said before.
         self.set_merge(name, before);
         self.publish();
-        if before == MergeState::None {
-            self.record_merging(name, false)?;
-        }
+        self.record(|_| ())?;
         Err(refused)
     }
 
     /// The mark that a restart goes by (durability.md, rule 12).
-    fn record_merging(&mut self, name: &SnapshotName, merging: bool) -> Result<(), Refused> {
+    fn record_merging(&mut self, name: &SnapshotName, delete_cow: bool) -> Result<(), Refused> {
         self.record(|next| {
             if let Some(one) = next.snapshot_mut(&name.volume, &name.snapshot) {
-                one.merging = merging;
+                one.merging = true;
+                one.delete_cow = delete_cow;
             }
         })
     }
@@ -165,8 +175,8 @@ impl Administrator {
         let (_, _, entry) = self.strike_out(&name);
         self.taken.give_back_cow(&name.to_string());
         self.publish();
-        let cleaned = clean_up(&name, entry, delete_cow);
-        let ended = change.and_then(|change| Ok(self.keeper.finish(change)?));
+        let cleaned = self.aside(|_| clean_up(&name, entry, delete_cow));
+        let ended = change.and_then(|change| self.finish(change));
         for failed in [ended, cleaned] {
             if let Err(error) = failed {
                 tracing::warn!(export = %name, "{error}");
@@ -203,5 +213,22 @@ impl Administrator {
                 self.tell(EventKind::MergeFailed, &name);
             }
         }
+    }
+}
+
+impl Administrator {
+    /// The volume of which there may be something to follow.
+    pub(super) fn concerned(&self, news: &News) -> Option<String> {
+        let mut volumes = self.registry.volumes.iter();
+        let volume = volumes.find(|volume| volume.id == news.volume)?;
+        let waits = |entry: &SnapshotEntry| matches!(entry.merge, MergeState::Waiting { .. });
+        let follows = match news.what {
+            What::Merged => true,
+            What::ClientWent { .. } => {
+                news.snapshot.is_none() && volume.snapshots.iter().any(waits)
+            }
+            _ => false,
+        };
+        follows.then(|| volume.name.clone())
     }
 }

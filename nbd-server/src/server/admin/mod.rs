@@ -1,8 +1,14 @@
-//! The administrator: one thread that executes orders one after the other, and
-//! owns the registry. What takes long to make (stores, checks) is made here,
-//! before a volume is held; what a volume has to do is ordered from its thread,
-//! with a deadline.
+//! The administrator: a thread that has orders executed, each on a thread of its own,
+//! and the books: the registry and the files in use. Whoever has the books works alone
+//! ([`turn`]); an order that waits for long, for a volume or a disk, lays them down, so
+//! that looks, clients' ends and orders on other volumes do not wait behind it, while
+//! those on the same volume do ([`claims`]). Records are kept beside the books. Volumes
+//! that are to be added by orders which come at once are added together ([`adding`]).
+//! What takes long to make (stores, checks) is made before a volume is held; what a
+//! volume has to do is ordered from its thread, with a deadline.
 
+mod adding;
+mod claims;
 mod clients;
 mod create;
 mod merge;
@@ -13,31 +19,36 @@ mod report;
 mod reset;
 mod resize;
 mod suspend;
+#[cfg(test)]
+mod tests;
+mod turn;
 mod volumes;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::thread::{JoinHandle, Scope as Threads};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::directory::Directory;
 use super::events::{Events, event_of};
-use super::registry::{Registry, VolumeEntry};
+use super::registry::Registry;
 use super::setup::Defaults;
 use crate::control::door::Office;
-use crate::control::protocol::{Answer, EventKind, EventReport, Order, Outcome, SnapshotName};
+use crate::control::protocol::{
+    Answer, EventKind, EventReport, Order, Outcome, SnapshotName, VolumeRemove,
+};
 use crate::disks::Taken;
-use crate::io::{Herald, News, Shard, What};
-use crate::state::admission::state_with;
+use crate::io::{Herald, Loss, News, Shard, What};
 use crate::state::files::SystemFiles;
-use crate::state::keeper::{Change, Keeper};
-use crate::state::record::{IntentFile, State};
+use crate::state::keeper::Keeper;
+use crate::state::place::settled;
+use adding::Addition;
+use claims::Scope;
 use refusal::Refused;
-
-/// How often a thread that does not answer is looked after.
-const LOOK_AFTER: Duration = Duration::from_millis(50);
+use turn::{Shared, Turn};
 
 /// What reaches the administrator.
 #[derive(Debug)]
@@ -45,6 +56,12 @@ enum Letter {
     Order(Order, oneshot::Sender<Outcome>),
     /// Something has happened that the registry has to follow.
     News(News),
+    /// A snapshot is lost, and the list of its disk's stores is to say so.
+    Loss(Loss),
+    /// An order has ended: it may have left something to be done in time.
+    Ended,
+    /// An order has panicked: nobody knows what the books say any more.
+    Broken,
     Stop,
 }
 
@@ -61,7 +78,6 @@ pub(super) struct Admin {
 pub(super) struct Administrator {
     registry: Registry,
     taken: Taken,
-    keeper: Keeper<SystemFiles>,
     directory: Arc<Directory>,
     shards: Arc<Vec<Shard>>,
     events: Arc<Events>,
@@ -77,8 +93,6 @@ pub(super) struct Administrator {
 pub(super) struct Outfit {
     /// The files that are used.
     pub(super) taken: Taken,
-    /// Remembers durably.
-    pub(super) keeper: Keeper<SystemFiles>,
     /// How snapshots behave unless it is said.
     pub(super) defaults: Defaults,
 }
@@ -124,6 +138,11 @@ impl Herald for Crier {
             let _ = self.letters.send(Letter::News(news));
         }
     }
+
+    fn mark_lost(&self, loss: Loss) {
+        // Nobody there: it answers for itself when it is dropped.
+        let _ = self.letters.send(Letter::Loss(loss));
+    }
 }
 
 impl Administrator {
@@ -135,16 +154,11 @@ impl Administrator {
         events: Arc<Events>,
         mailroom: Mailroom,
     ) -> Self {
-        let Outfit {
-            taken,
-            keeper,
-            defaults,
-        } = outfit;
+        let Outfit { taken, defaults } = outfit;
         Self {
             volumes: registry.volumes.len() as u32,
             registry,
             taken,
-            keeper,
             directory,
             shards,
             events,
@@ -154,11 +168,16 @@ impl Administrator {
     }
 
     /// Begin to execute orders.
-    pub(super) fn start(self) -> std::io::Result<Admin> {
+    pub(super) fn start(mut self, keeper: Keeper<SystemFiles>) -> std::io::Result<Admin> {
         let letters = self.mailroom.letters.clone();
+        let mailroom = std::mem::take(&mut self.mailroom);
         let events = Arc::clone(&self.events);
+        let shared = Shared::new(self, keeper);
         let builder = std::thread::Builder::new().name("administrator".into());
-        let thread = builder.spawn(move || self.work())?;
+        let thread = builder.spawn(move || {
+            std::thread::scope(|threads| work(&shared, &mailroom, threads));
+            shared.into_books().registry
+        })?;
         Ok(Admin {
             letters,
             thread,
@@ -166,97 +185,13 @@ impl Administrator {
         })
     }
 
-    fn work(mut self) -> Registry {
-        loop {
-            let letter = match self.next_resumption() {
-                None => match self.mailroom.inbox.recv() {
-                    Ok(letter) => letter,
-                    Err(_) => break,
-                },
-                Some(at) => {
-                    let left = at.saturating_duration_since(Instant::now());
-                    match self.mailroom.inbox.recv_timeout(left) {
-                        Ok(letter) => letter,
-                        Err(RecvTimeoutError::Timeout) => {
-                            self.resume_in_time();
-                            continue;
-                        }
-                        Err(RecvTimeoutError::Disconnected) => break,
-                    }
-                }
-            };
-            match letter {
-                Letter::Order(order, answer) => {
-                    let outcome = match self.execute(order) {
-                        Ok(answer) => Outcome::Done(answer),
-                        Err(refused) => Outcome::Refused(refused.to_string()),
-                    };
-                    // Whoever asked may have gone.
-                    let _ = answer.send(outcome);
-                }
-                Letter::News(news) => self.hear(&news),
-                Letter::Stop => break,
-            }
-        }
-        self.registry
-    }
-
-    fn execute(&mut self, order: Order) -> Result<Answer, Refused> {
-        match order {
-            Order::SnapshotCreate(create) => self.create(&create),
-            Order::SnapshotList(selection) => self.report_snapshots(&selection),
-            Order::SnapshotRemove(remove) => self.remove(&remove),
-            Order::SnapshotExtend(extend) => self.extend(&extend),
-            Order::Suspend(suspend) => self.suspend(&suspend),
-            Order::Resume(resume) => self.resume(&resume),
-            Order::VolumeResize(resize) => self.resize(&resize),
-            Order::SnapshotMerge(merge) => self.merge(&merge),
-            Order::SnapshotCancel(cancel) => self.cancel(&cancel),
-            Order::SnapshotRename(rename) => self.rename(&rename),
-            Order::SnapshotReset(reset) => self.reset(&reset),
-            Order::VolumeList => self.report_volumes(&|_| true),
-            Order::VolumeAdd(add) => self.add_volume(&add),
-            Order::VolumeRemove(remove) => self.remove_volume(&remove),
-            Order::Clients => self.report_clients(),
-            Order::Disconnect(disconnect) => self.disconnect(&disconnect),
-            Order::Events(_) => unreachable!("the door answers it by itself"),
-        }
-    }
-
-    /// What the records should say: all that is served, and what a start could not
-    /// serve.
-    fn recorded(&self) -> State {
-        let volumes = self.registry.volumes.iter();
-        state_with(&self.keeper, volumes.map(VolumeEntry::record).collect())
-    }
-
-    /// Record a change that makes no file, before it takes effect.
-    fn record(&mut self, edit: impl FnOnce(&mut State)) -> Result<(), Refused> {
-        let change = self.commit_change(edit, Vec::new())?;
-        Ok(self.keeper.finish(change)?)
-    }
-
-    /// The same, of a change that gives files up; [`Keeper::finish`] deletes them.
-    fn commit_change(
-        &mut self,
-        edit: impl FnOnce(&mut State),
-        given_up: Vec<IntentFile>,
-    ) -> Result<Change, Refused> {
-        let mut next = self.recorded();
-        edit(&mut next);
-        let mut change = self.keeper.begin(next, given_up)?;
-        if let Err(error) = self.keeper.commit(&mut change) {
-            self.forget(change);
-            return Err(error.into());
-        }
-        Ok(change)
-    }
-
-    /// Take a change back that comes to nothing.
-    fn forget(&mut self, change: Change) {
-        if let Err(error) = self.keeper.abandon(change) {
-            tracing::error!("what was begun could not be taken back: {error}");
-        }
+    /// The disk and the store of a loss.
+    fn place_of(&self, loss: &Loss) -> Option<(PathBuf, PathBuf)> {
+        let volumes = &self.registry.volumes;
+        let volume = volumes.iter().find(|volume| volume.id == loss.volume)?;
+        let mut entries = volume.snapshots.iter();
+        let entry = entries.find(|entry| entry.id == loss.snapshot)?;
+        Some((settled(&volume.origin.path), settled(&entry.cow)))
     }
 
     /// Have clients see what the registry has.
@@ -271,30 +206,128 @@ impl Administrator {
         let event = EventReport::new(event).of_volume(&name.volume);
         self.events.publish(event.of_snapshot(&name.snapshot));
     }
+}
 
-    /// Wait for a volume's thread.
-    fn wait<T>(
-        &self,
-        shard: usize,
-        answer: &Receiver<T>,
-        until: Option<Instant>,
-    ) -> Result<T, Refused> {
-        loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let wait = left.map_or(LOOK_AFTER, |left| left.min(LOOK_AFTER));
-            match answer.recv_timeout(wait) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Err(Refused::Stopping),
-                Err(RecvTimeoutError::Timeout) => {
-                    if self.shards[shard].has_ended() {
-                        return Err(Refused::Stopping);
-                    }
-                    if left.is_some_and(|left| left.is_zero()) {
-                        return Err(Refused::TooSlow);
-                    }
+impl Turn<'_> {
+    fn execute(&mut self, order: Order) -> Result<Answer, Refused> {
+        match order {
+            Order::SnapshotCreate(create) => self.create(&create),
+            Order::SnapshotList(selection) => self.report_snapshots(&selection),
+            Order::SnapshotRemove(remove) => self.remove(&remove),
+            Order::SnapshotExtend(extend) => self.extend(&extend),
+            Order::Suspend(suspend) => self.suspend(&suspend),
+            Order::Resume(resume) => self.resume(&resume),
+            Order::VolumeResize(resize) => self.resize(&resize),
+            Order::SnapshotMerge(merge) => self.merge(&merge),
+            Order::SnapshotCancel(cancel) => self.cancel(&cancel),
+            Order::SnapshotRename(rename) => self.rename(&rename),
+            Order::SnapshotReset(reset) => self.reset(&reset),
+            Order::VolumeList => self.report_volumes(&|_| true),
+            Order::VolumeAdd(_) | Order::VolumesAdd(_) => unreachable!("they go in groups"),
+            Order::VolumeRemove(VolumeRemove { name, force }) => {
+                self.remove_volumes(&[name], force)
+            }
+            Order::VolumesRemove(remove) => self.remove_volumes(&remove.names, remove.force),
+            Order::Clients => self.report_clients(),
+            Order::Disconnect(disconnect) => self.disconnect(&disconnect),
+            Order::Events(_) => unreachable!("the door answers it by itself"),
+        }
+    }
+}
+
+/// Have everything done that comes, until it is to stop and all orders have ended.
+fn work<'scope>(shared: &'scope Shared, mailroom: &Mailroom, threads: &'scope Threads<'scope, '_>) {
+    while let Some(letter) = next_letter(shared, mailroom) {
+        match letter {
+            Letter::Order(order, answer) => {
+                in_a_thread(threads, mailroom, move || shared.execute(order, answer));
+            }
+            Letter::News(news) => {
+                let concerned = shared.books().concerned(&news);
+                if let Some(volume) = concerned {
+                    in_a_thread(threads, mailroom, move || {
+                        if let Some(mut turn) = shared.turn(Scope::volume(&volume)) {
+                            turn.hear(&news);
+                        }
+                    });
                 }
             }
+            Letter::Loss(loss) => in_a_thread(threads, mailroom, move || shared.mark_lost(loss)),
+            Letter::Ended => {}
+            Letter::Broken => panic!("an order has panicked"),
+            Letter::Stop => break,
         }
+    }
+    shared.claims.close();
+}
+
+impl Shared {
+    /// Execute an order and answer it, unless the server is stopping.
+    fn execute(&self, order: Order, answer: oneshot::Sender<Outcome>) {
+        let scope = Scope::of(&order);
+        let order = match Addition::of(order) {
+            Ok(volumes) => return self.add(scope, volumes, answer),
+            Err(order) => order,
+        };
+        if let Some(mut turn) = self.turn(scope) {
+            let outcome = outcome(turn.execute(order));
+            drop(turn);
+            // Whoever asked may have gone.
+            let _ = answer.send(outcome);
+        }
+    }
+}
+
+fn outcome(ended: Result<Answer, Refused>) -> Outcome {
+    match ended {
+        Ok(answer) => Outcome::Done(answer),
+        Err(refused) => Outcome::Refused(refused.to_string()),
+    }
+}
+
+/// The next letter; `None`: there will be no more. Meanwhile volumes go on that are to.
+fn next_letter(shared: &Shared, mailroom: &Mailroom) -> Option<Letter> {
+    loop {
+        let at = shared.books().next_resumption();
+        let Some(at) = at else {
+            return mailroom.inbox.recv().ok();
+        };
+        let left = at.saturating_duration_since(Instant::now());
+        match mailroom.inbox.recv_timeout(left) {
+            Ok(letter) => return Some(letter),
+            Err(RecvTimeoutError::Timeout) => shared.books().resume_in_time(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+}
+
+/// Do what may have to wait.
+fn in_a_thread<'scope>(
+    threads: &'scope Threads<'scope, '_>,
+    mailroom: &Mailroom,
+    what: impl FnOnce() + Send + 'scope,
+) {
+    let end = End(mailroom.letters.clone());
+    let builder = std::thread::Builder::new().name("order".into());
+    let begun = builder.spawn_scoped(threads, move || {
+        let _end = end;
+        what();
+    });
+    if let Err(error) = begun {
+        tracing::error!("an order cannot be executed: {error}");
+    }
+}
+
+/// Tells of the end of a thread, however it comes.
+struct End(Sender<Letter>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.0.send(if std::thread::panicking() {
+            Letter::Broken
+        } else {
+            Letter::Ended
+        });
     }
 }
 
@@ -312,7 +345,7 @@ impl Admin {
         self.thread.is_finished()
     }
 
-    /// Finish the order that is being executed, refuse the others, and end.
+    /// Finish the orders that are being executed, refuse the others, and end.
     pub(super) fn stop(self) -> Option<Registry> {
         let _ = self.letters.send(Letter::Stop);
         self.thread.join().ok()

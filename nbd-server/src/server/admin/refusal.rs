@@ -49,6 +49,8 @@ pub(super) enum Refused {
         "{0} is being merged, or will be: wait for the end of that ('nbdsnap snapshot status' shows how far it is)"
     )]
     Merging(SnapshotName),
+    #[error("{0} cannot be merged: its disk is shared, and nobody writes it")]
+    MergeShared(SnapshotName),
     #[error("{0} is transient: what is merged is a persistent store")]
     MergeTransient(SnapshotName),
     #[error("{0} cannot be merged: {1}")]
@@ -83,6 +85,8 @@ pub(super) enum Refused {
     VolumeTwice(String),
     #[error("no volume is named")]
     NoVolumes,
+    #[error("{0}: a disk is read-only or shared, not both: snapshots of a shared one are written")]
+    ReadOnlyShared(String),
     #[error(
         "not all could be brought to rest within {0} seconds, and all go on: is a disk stalled, or a store full?"
     )]
@@ -121,6 +125,10 @@ pub(super) enum Refused {
     ResetInUse(SnapshotName, u64),
     #[error("{0} stays as it is: its new store cannot take the old one's place: {1}")]
     NotExchanged(SnapshotName, String),
+    #[error(
+        "{0} was taken anew, but the name of its new store could not be made durable ({1}): after a power cut it may be lost; look at the disk that the store is on"
+    )]
+    NameInDoubt(SnapshotName, std::io::Error),
     #[error("the server is stopping")]
     Stopping,
     #[error("a volume did not answer in time; see the server's log")]

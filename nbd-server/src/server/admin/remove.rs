@@ -2,13 +2,15 @@
 //! the volume lets a snapshot go its store misses writes; then it vanishes from
 //! the lists, its clients are dropped, and its store is given back.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
 use crate::disks::{Scratch, shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
@@ -19,7 +21,7 @@ use crate::state::record::State;
 /// Operations on a store that is given up end within this time.
 pub(super) const LEAVE: Duration = Duration::from_secs(30);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn remove(&mut self, remove: &SnapshotRemove) -> Result<Answer, Refused> {
         let names = &remove.snapshots;
         if names.is_empty() {
@@ -54,17 +56,27 @@ impl Administrator {
             answers.push((name, shard, entry, answer));
         }
         let mut failed = None;
+        let mut deleted = BTreeMap::new();
         for (name, shard, entry, answer) in answers {
             let ended = match self.wait(shard, &answer, Some(until)) {
                 Err(Refused::TooSlow) => Err(Refused::StillBusy(name.clone(), LEAVE.as_secs())),
                 other => other,
             };
             self.taken.give_back_cow(&name.to_string());
-            let cleaned = ended.and_then(|()| clean_up(name, entry, remove.delete_cow));
+            let (cow, delete) = (entry.cow.clone(), remove.delete_cow);
+            let cleaned = ended.and_then(|()| self.aside(|_| give_back(name, entry, delete)));
+            if cleaned.is_ok() && delete {
+                deleted.insert(cow.parent().map(Path::to_owned), (name, cow));
+            }
             failed = failed.or(cleaned.err());
             self.tell(EventKind::Removed, name);
         }
-        self.keeper.finish(change)?;
+        // Each folder once, of however many stores it had.
+        for (name, cow) in deleted.into_values() {
+            let durable = self.aside(|_| make_durable(name, &cow));
+            failed = failed.or(durable.err());
+        }
+        self.finish(change)?;
         failed.map_or(Ok(answer), Err)
     }
 
@@ -118,6 +130,22 @@ pub(super) fn clean_up(
     entry: SnapshotEntry,
     delete: bool,
 ) -> Result<(), Refused> {
+    let cow = entry.cow.clone();
+    give_back(name, entry, delete)?;
+    if delete {
+        make_durable(name, &cow)?;
+    }
+    Ok(())
+}
+
+/// That a store was deleted.
+fn make_durable(name: &SnapshotName, cow: &Path) -> Result<(), Refused> {
+    sync_folder_of(cow)
+        .map_err(|error| Refused::NotDeleted(name.clone(), shown(cow), error.to_string()))
+}
+
+/// The same as [`clean_up`], not durable yet.
+fn give_back(name: &SnapshotName, entry: SnapshotEntry, delete: bool) -> Result<(), Refused> {
     let path = shown(&entry.cow);
     let done = if delete {
         delete_store(&entry)
@@ -139,6 +167,5 @@ fn delete_store(entry: &SnapshotEntry) -> io::Result<()> {
             "it is a symbolic link: delete what it leads to",
         ));
     }
-    std::fs::remove_file(&entry.cow)?;
-    sync_folder_of(&entry.cow)
+    std::fs::remove_file(&entry.cow)
 }

@@ -1,12 +1,12 @@
 //! `snapshot rename`. Clients stay attached.
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, EventReport, SnapshotName, SnapshotRename};
 use crate::io::VolumeOrder;
 use crate::names;
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn rename(&mut self, rename: &SnapshotRename) -> Result<Answer, Refused> {
         let SnapshotRename { snapshot, name } = rename;
         let (shard, volume, entry) = self.find(snapshot)?;

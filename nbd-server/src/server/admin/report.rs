@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use nbdsnap_engine::{SnapshotId, Status, View};
 use nbdsnap_format::SECTOR_BYTES;
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{
     Answer, MergeReport, Selection, SnapshotName, SnapshotReport, SnapshotState, VolumeReport,
     WhenFull,
 };
-use crate::io::{ClientStatus, HostedStatus, VolumeId};
+use crate::io::{ClientStatus, HostedStatus, VolumeAccess, VolumeId};
 use crate::names;
 use crate::server::registry::{MergeState, SnapshotEntry, Suspension, VolumeEntry};
 
@@ -28,9 +28,11 @@ impl Said {
     }
 }
 
-impl Administrator {
+impl Turn<'_> {
     /// All snapshots of a volume, for `VOLUME`; one, for `VOLUME@NAME`; else all.
     pub(super) fn report_snapshots(&mut self, selection: &Selection) -> Result<Answer, Refused> {
+        // Before a look at the registry: while it waits, snapshots come and go.
+        let said = self.ask_shards()?;
         let mut wanted = Vec::new();
         if selection.names.is_empty() {
             for volume in &self.registry.volumes {
@@ -52,12 +54,16 @@ impl Administrator {
                 }),
             }
         }
-        self.report_named(&wanted)
+        self.reports_of(&wanted, &said)
     }
 
     /// Just these.
     pub(super) fn report_named(&mut self, wanted: &[SnapshotName]) -> Result<Answer, Refused> {
         let said = self.ask_shards()?;
+        self.reports_of(wanted, &said)
+    }
+
+    fn reports_of(&mut self, wanted: &[SnapshotName], said: &Said) -> Result<Answer, Refused> {
         let mut reports = Vec::new();
         for name in wanted {
             let missing = || Refused::NoSnapshot(name.clone());
@@ -68,29 +74,25 @@ impl Administrator {
                 .iter_mut()
                 .find(|entry| entry.name == name.snapshot)
                 .ok_or_else(missing)?;
-            reports.push(report(id, &volume_name, entry, &said));
+            reports.push(report(id, &volume_name, entry, said));
         }
         Ok(Answer::Snapshots(reports))
     }
 
     /// Those volumes that are `wanted`, by name.
-    pub(super) fn report_volumes(&self, wanted: &dyn Fn(&str) -> bool) -> Result<Answer, Refused> {
+    pub(super) fn report_volumes(
+        &mut self,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Answer, Refused> {
         let said = self.ask_shards()?;
         let volumes = self.registry.volumes.iter();
         let volumes = volumes.filter(|volume| wanted(&volume.name));
-        let volumes = volumes.map(|volume| VolumeReport {
-            name: volume.name.clone(),
-            disk: volume.origin.path.clone(),
-            bytes: volume.origin.bytes,
-            read_only: volume.origin.read_only,
-            suspended: volume.suspension != Suspension::Running,
-            snapshots: all_of(volume).map(|name| name.to_string()).collect(),
-            clients: said.clients_of(volume.id, View::Origin),
-        });
+        let clients = |volume: &VolumeEntry| said.clients_of(volume.id, View::Origin);
+        let volumes = volumes.map(|volume| volume.report(clients(volume)));
         Ok(Answer::Volumes(volumes.collect()))
     }
 
-    fn ask_shards(&self) -> Result<Said, Refused> {
+    fn ask_shards(&mut self) -> Result<Said, Refused> {
         let mut said = Said {
             statuses: BTreeMap::new(),
             clients: Vec::new(),
@@ -110,6 +112,22 @@ impl Administrator {
             said.clients.extend(self.wait(shard, &clients, None)?);
         }
         Ok(said)
+    }
+}
+
+impl VolumeEntry {
+    /// What is said of it, when so many clients are attached to its origin.
+    pub(super) fn report(&self, clients: u64) -> VolumeReport {
+        VolumeReport {
+            name: self.name.clone(),
+            disk: self.origin.path.clone(),
+            bytes: self.origin.bytes,
+            read_only: !self.origin.access.writes_origin(),
+            shared: self.origin.access == VolumeAccess::Shared,
+            suspended: self.suspension != Suspension::Running,
+            snapshots: all_of(self).map(|name| name.to_string()).collect(),
+            clients,
+        }
     }
 }
 

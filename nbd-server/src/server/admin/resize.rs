@@ -2,15 +2,15 @@
 
 use std::sync::mpsc::channel;
 
-use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::cli::size;
 use crate::control::protocol::{
     Answer, EventKind, EventReport, SnapshotExtend, SnapshotName, StoreLimit, VolumeResize,
 };
 use crate::io::VolumeOrder;
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn extend(&mut self, extend: &SnapshotExtend) -> Result<Answer, Refused> {
         let name = &extend.snapshot;
         let (shard, volume, entry) = self.find(name)?;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::Administrator;
 use super::refusal::Refused;
+use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, EventReport, Resume, Suspend};
 use crate::io::{VolumeId, VolumeOrder};
 use crate::server::registry::Suspension;
@@ -12,7 +13,7 @@ use crate::server::registry::Suspension;
 /// Volumes come to rest within this time, or go on.
 const REST: Duration = Duration::from_secs(30);
 
-impl Administrator {
+impl Turn<'_> {
     pub(super) fn suspend(&mut self, suspend: &Suspend) -> Result<Answer, Refused> {
         let names = &suspend.volumes;
         let places = self.places(names)?;
@@ -64,6 +65,29 @@ impl Administrator {
         self.report_volumes(&|name| names.iter().any(|one| one == name))
     }
 
+    fn places(&self, names: &[String]) -> Result<Vec<(usize, VolumeId)>, Refused> {
+        if names.is_empty() {
+            return Err(Refused::NoVolumes);
+        }
+        let mut places = Vec::new();
+        for (place, name) in names.iter().enumerate() {
+            if names[..place].contains(name) {
+                return Err(Refused::VolumeTwice(name.clone()));
+            }
+            let missing = || Refused::NoVolume(name.clone());
+            let volume = self.registry.volume(name).ok_or_else(missing)?;
+            places.push((volume.shard, volume.id));
+        }
+        Ok(places)
+    }
+
+    fn suspension(&self, name: &str) -> Suspension {
+        let volume = self.registry.volume(name);
+        volume.map_or(Suspension::Running, |volume| volume.suspension)
+    }
+}
+
+impl Administrator {
     /// When the next volume goes on by itself.
     pub(super) fn next_resumption(&self) -> Option<Instant> {
         let ends = self.registry.volumes.iter().filter_map(|volume| {
@@ -99,27 +123,6 @@ impl Administrator {
             self.shards[volume.shard].order(volume.id, VolumeOrder::Resume);
         }
         self.set_suspension(name, Suspension::Running, EventKind::Resumed);
-    }
-
-    fn places(&self, names: &[String]) -> Result<Vec<(usize, VolumeId)>, Refused> {
-        if names.is_empty() {
-            return Err(Refused::NoVolumes);
-        }
-        let mut places = Vec::new();
-        for (place, name) in names.iter().enumerate() {
-            if names[..place].contains(name) {
-                return Err(Refused::VolumeTwice(name.clone()));
-            }
-            let missing = || Refused::NoVolume(name.clone());
-            let volume = self.registry.volume(name).ok_or_else(missing)?;
-            places.push((volume.shard, volume.id));
-        }
-        Ok(places)
-    }
-
-    fn suspension(&self, name: &str) -> Suspension {
-        let volume = self.registry.volume(name);
-        volume.map_or(Suspension::Running, |volume| volume.suspension)
     }
 
     fn set_suspension(&mut self, name: &str, state: Suspension, event: EventKind) {

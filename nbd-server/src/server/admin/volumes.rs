@@ -1,243 +1,124 @@
-//! `volume add` and `volume remove`: disks join and leave a running server.
+//! `volume remove`: a disk leaves a running server; and who is attached to which.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nbdsnap_engine::View;
 
-use super::Administrator;
-use super::create::log_notes;
 use super::refusal::Refused;
-use crate::control::protocol::{
-    Answer, EventKind, EventReport, SnapshotName, StoreToServe, VolumeAdd, VolumeRemove,
-};
-use crate::disks::{self, Opened, Plan, SnapshotRequest, VolumeRequest};
-use crate::io::{ClientStatus, VolumeId, VolumeOrder};
-use crate::names;
-use crate::server::moving::{self, Moving};
+use super::turn::Turn;
+use crate::control::protocol::{Answer, EventKind, EventReport, SnapshotName};
+use crate::io::{ClientStatus, Shard, VolumeId, VolumeOrder};
 use crate::server::registry::VolumeEntry;
-use crate::server::setup::OpenVolume;
-use crate::state::admission::{Recorded, admit, as_listed, files_to_make};
-use crate::state::keeper::Change;
 
 /// A volume that closes has this long.
-const LEAVE: Duration = Duration::from_mins(1);
+pub(super) const LEAVE: Duration = Duration::from_mins(1);
 
-impl Administrator {
-    pub(super) fn add_volume(&mut self, add: &VolumeAdd) -> Result<Answer, Refused> {
-        self.check_addition(add)?;
-        let request = VolumeRequest {
-            name: add.name.clone(),
-            path: add.disk.clone(),
-            read_only: add.read_only,
-            snapshots: add.snapshots.iter().map(request).collect(),
-        };
-        if let Err(refused) = self.open_and_host(request, &add.without) {
-            self.taken.give_back_volume(&add.name);
-            return Err(refused);
-        }
-        self.publish();
-        let event = EventReport::new(EventKind::VolumeAdded);
-        self.events.publish(event.of_volume(&add.name));
-        self.report_volumes(&|name| name == add.name)
-    }
-
-    fn check_addition(&self, add: &VolumeAdd) -> Result<(), Refused> {
-        let mut seen: Vec<&str> = Vec::new();
-        let snapshots = add.snapshots.iter().map(|one| &one.snapshot);
-        for name in std::iter::once(&add.name).chain(snapshots) {
-            if let Some(why) = names::fault(name) {
-                let name = name.clone();
-                return Err(Refused::Name { name, why });
-            }
-        }
-        for one in &add.snapshots {
-            if seen.contains(&one.snapshot.as_str()) {
-                let (volume, snapshot) = (add.name.clone(), one.snapshot.clone());
-                return Err(Refused::Twice(SnapshotName { volume, snapshot }));
-            }
-            seen.push(&one.snapshot);
-        }
-        let paths = add.snapshots.iter().map(|one| &one.cow);
-        if let Some(path) = paths.chain([&add.disk]).find(|path| !path.is_absolute()) {
-            return Err(Refused::RelativePath(path.clone()));
-        }
-        if self.registry.volume(&add.name).is_some() {
-            return Err(Refused::VolumeExists(add.name.clone()));
-        }
-        Ok(())
-    }
-
-    fn open_and_host(
+impl Turn<'_> {
+    /// Serve these volumes no longer: all of them, or none if one cannot go.
+    pub(super) fn remove_volumes(
         &mut self,
-        request: VolumeRequest,
-        without: &[PathBuf],
-    ) -> Result<(), Refused> {
-        let name = request.name.clone();
-        let requests = as_listed(&self.keeper, vec![request])?;
-        let plan = disks::inspect(requests, &mut self.taken)?;
-        let mut next = self.recorded();
-        let mut files = Vec::new();
-        for offered in &plan.offered() {
-            admit(&self.keeper, offered, without)?;
-            files.extend(files_to_make(&offered.stores));
-            next.volumes.retain(|one| one.name != offered.name);
-            next.volumes.push(offered.into());
-        }
-        let mut change = self.keeper.begin(next, files)?;
-        let hosted = self.make_and_host(plan, &mut change);
-        let committed = hosted.and_then(|()| Ok(self.keeper.commit(&mut change)?));
-        if let Err(refused) = committed {
-            self.unhost(&name);
-            self.forget(change);
-            return Err(refused);
-        }
-        Ok(self.keeper.finish(change)?)
-    }
-
-    fn make_and_host(&mut self, plan: Plan, change: &mut Change) -> Result<(), Refused> {
-        let mut making = Recorded {
-            keeper: &mut self.keeper,
-            change,
-        };
-        let Opened { volumes, notes } = plan.carry_out(&mut self.taken, &mut making)?;
-        log_notes(&notes);
-        for volume in volumes {
-            self.host(volume)?;
-        }
-        Ok(())
-    }
-
-    /// Have a volume leave that has come just now, and that nobody has seen.
-    fn unhost(&mut self, name: &str) {
-        let place = self
-            .registry
-            .volumes
-            .iter()
-            .position(|one| one.name == name);
-        if let Some(place) = place {
-            let entry = self.registry.volumes.remove(place);
-            let (left, told) = channel();
-            self.shards[entry.shard].order(entry.id, VolumeOrder::Leave { left });
-            let until = Instant::now() + LEAVE;
-            // The error that led here is the one to tell of.
-            let _ = self.wait(entry.shard, &told, Some(until));
-        }
-    }
-
-    fn host(&mut self, volume: OpenVolume) -> Result<(), Refused> {
-        let id = VolumeId(self.volumes);
-        self.volumes += 1;
-        let load = |shard: &usize| {
-            let here = |volume: &&VolumeEntry| volume.shard == *shard;
-            self.registry.volumes.iter().filter(here).count()
-        };
-        let shard = (0..self.shards.len())
-            .min_by_key(load)
-            .expect("there is a thread");
-        let share = moving::share_of_copy_memory(self.registry.volumes.len() + 1);
-        let Moving {
-            entry,
-            facts,
-            answer,
-        } = moving::begin(
-            volume,
-            id,
-            shard,
-            share,
-            &self.shards[shard],
-            &self.defaults,
-        );
-        let views = self
-            .wait(shard, &answer, None)?
-            .map_err(Refused::NotTaken)?;
-        self.registry
-            .volumes
-            .push(moving::end(entry, facts, &views));
-        Ok(())
-    }
-
-    pub(super) fn remove_volume(&mut self, remove: &VolumeRemove) -> Result<Answer, Refused> {
-        let name = &remove.name;
-        let missing = || Refused::NoVolume(name.clone());
-        let volume = self.registry.volume(name).ok_or_else(missing)?;
-        let (id, shard) = (volume.id, volume.shard);
-        let answer = self.report_volumes(&|one| one == name)?;
-        if let Some(merging) = volume.merging() {
-            return Err(Refused::Merging(SnapshotName {
-                volume: name.clone(),
-                snapshot: merging.name.clone(),
-            }));
-        }
-        let clients = self.clients_of(id)?;
-        if clients > 0 && !remove.force {
-            return Err(Refused::InUse(name.clone(), clients));
-        }
-        // Its disk's list stays: the stores still belong to it.
-        self.record(|next| next.volumes.retain(|one| one.name != *name))?;
-        let place = self.registry.volumes.iter().position(|one| one.id == id);
-        let entry = self
-            .registry
-            .volumes
-            .remove(place.expect("it was found just now"));
+        names: &[String],
+        force: bool,
+    ) -> Result<Answer, Refused> {
+        let leaving = self.check_removal(names, force)?;
+        let answer = self.report_volumes(&|one| leaving.contains(one))?;
+        // Their disks' lists stay: the stores still belong to them.
+        self.record(|next| {
+            next.volumes
+                .retain(|one| !leaving.contains(one.name.as_str()));
+        })?;
+        let volumes = std::mem::take(&mut self.registry.volumes);
+        let (gone, rest) = volumes
+            .into_iter()
+            .partition(|one| leaving.contains(one.name.as_str()));
+        self.registry.volumes = rest;
         self.publish();
-        let (left, told) = channel();
-        self.shards[shard].order(id, VolumeOrder::Leave { left });
-        let until = Instant::now() + LEAVE;
-        let durable = match self.wait(shard, &told, Some(until)) {
-            Err(Refused::TooSlow) => Err(Refused::VolumeBusy(name.clone(), LEAVE.as_secs())),
-            other => other,
-        };
-        // Who is still busy keeps its locks: the same files are refused by those.
-        self.taken.give_back_volume(name);
-        let event = EventReport::new(EventKind::VolumeRemoved);
-        self.events.publish(event.of_volume(name));
-        let durable = durable?;
-        entry.discard_scratch();
-        if durable {
-            Ok(answer)
-        } else {
-            Err(Refused::NotDurable(name.clone()))
-        }
+        let failed = self.see_off(gone);
+        failed.map_or(Ok(answer), Err)
     }
 
-    /// Clients attached to a volume or to one of its snapshots.
-    fn clients_of(&self, volume: VolumeId) -> Result<u64, Refused> {
-        self.count_clients(|client| client.volume == volume)
+    fn check_removal<'a>(
+        &mut self,
+        names: &'a [String],
+        force: bool,
+    ) -> Result<BTreeSet<&'a str>, Refused> {
+        if names.is_empty() {
+            return Err(Refused::NoVolumes);
+        }
+        let mut leaving = BTreeSet::new();
+        let clients = self.all_clients()?;
+        for name in names {
+            let missing = || Refused::NoVolume(name.clone());
+            let volume = self.registry.volume(name).ok_or_else(missing)?;
+            if !leaving.insert(name.as_str()) {
+                return Err(Refused::VolumeTwice(name.clone()));
+            }
+            if let Some(merging) = volume.merging() {
+                return Err(Refused::Merging(SnapshotName {
+                    volume: name.clone(),
+                    snapshot: merging.name.clone(),
+                }));
+            }
+            let here = clients.iter().filter(|one| one.volume == volume.id);
+            let count = here.count() as u64;
+            if count > 0 && !force {
+                return Err(Refused::InUse(name.clone(), count));
+            }
+        }
+        Ok(leaving)
+    }
+
+    /// Have volumes close that nobody finds any more; the first thing that went wrong.
+    fn see_off(&mut self, volumes: Vec<VolumeEntry>) -> Option<Refused> {
+        let until = Instant::now() + LEAVE;
+        let mut leaving = Vec::new();
+        for volume in volumes {
+            let (left, told) = channel();
+            self.shards[volume.shard].order(volume.id, VolumeOrder::Leave { left });
+            leaving.push((volume, told));
+        }
+        let mut failed = None;
+        for (volume, told) in leaving {
+            let name = volume.name.clone();
+            let durable = match self.wait(volume.shard, &told, Some(until)) {
+                Err(Refused::TooSlow) => Err(Refused::VolumeBusy(name.clone(), LEAVE.as_secs())),
+                other => other,
+            };
+            // Who is still busy keeps its locks: the same files are refused by those.
+            self.taken.give_back_volume(&name);
+            let event = EventReport::new(EventKind::VolumeRemoved);
+            self.events.publish(event.of_volume(&name));
+            let ended = durable.and_then(|durable| {
+                volume.discard_scratch();
+                let lost = Refused::NotDurable(name);
+                if durable { Ok(()) } else { Err(lost) }
+            });
+            failed = failed.or(ended.err());
+        }
+        failed
     }
 
     /// Clients attached to a volume itself.
-    pub(super) fn origin_clients(&self, volume: VolumeId) -> Result<u64, Refused> {
+    pub(super) fn origin_clients(&mut self, volume: VolumeId) -> Result<u64, Refused> {
         self.count_clients(|client| client.volume == volume && client.view == View::Origin)
     }
 
     pub(super) fn count_clients(
-        &self,
+        &mut self,
         counts: impl Fn(&ClientStatus) -> bool,
     ) -> Result<u64, Refused> {
-        let mut count = 0;
-        for (number, shard) in self.shards.iter().enumerate() {
-            let clients = self.wait(number, &shard.clients(), None)?;
-            count += clients.iter().filter(|one| counts(one)).count() as u64;
-        }
-        Ok(count)
+        let clients = self.all_clients()?;
+        Ok(clients.iter().filter(|one| counts(one)).count() as u64)
     }
-}
 
-fn request(store: &StoreToServe) -> SnapshotRequest {
-    SnapshotRequest {
-        name: store.snapshot.clone(),
-        cow: store.cow.clone(),
-        kind: store.kind.into(),
-        chunk: store.chunk_bytes,
-        size: store.size_bytes,
-        read_only: store.read_only,
-        format: store.format,
-        adopt: store.adopt,
-        must_exist: false,
-        merging: false,
-        bytes: None,
-        behaviour: None,
+    fn all_clients(&mut self) -> Result<Vec<ClientStatus>, Refused> {
+        let mut clients = Vec::new();
+        let asked: Vec<_> = self.shards.iter().map(Shard::clients).collect();
+        for (shard, answer) in asked.into_iter().enumerate() {
+            clients.extend(self.wait(shard, &answer, None)?);
+        }
+        Ok(clients)
     }
 }
