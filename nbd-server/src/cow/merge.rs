@@ -15,7 +15,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, Volume, VolumeConfig};
+use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, VolumeConfig};
 
 use super::open::disk_bytes;
 use super::{CowError, CowStore, Reading};
@@ -24,6 +24,7 @@ use crate::disks::{
 };
 use crate::io::VolumeAccess;
 use crate::io::file::{Medium, perform};
+use crate::law;
 use crate::server::setup::{OpenDisk, OpenVolume};
 use crate::state::admission;
 use crate::state::attached::{Attached, Mark};
@@ -145,9 +146,8 @@ fn plan(
     };
     let mut requests = admission::as_listed(keeper, vec![request]).map_err(records)?;
     for snapshot in requests.iter_mut().flat_map(|one| &mut one.snapshots) {
-        let known = &mut snapshot.known;
-        let goes_on = known.merging.unwrap_or(Merging { delete_cow: false });
-        known.merging = (snapshot.name == name).then_some(goes_on);
+        let delete_cow = snapshot.known.merging.is_some_and(|merge| merge.delete_cow);
+        snapshot.known.merging = (snapshot.name == name).then_some(Merging { delete_cow });
     }
     Ok(disks::inspect(requests, taken)?)
 }
@@ -178,7 +178,7 @@ fn merge(
     let OpenVolume {
         disk, snapshots, ..
     } = volume;
-    let mut engine = Volume::new(VolumeConfig {
+    let mut engine = law::new_volume(VolumeConfig {
         origin_bytes: disk.bytes,
         copy_memory: STEP,
         copy_piece: PIECE,
@@ -227,9 +227,12 @@ fn merge(
             }
             Some(Event::MarkLost(id, _)) => {
                 let store = stores.iter().find(|(known, _)| *known == id);
-                let cow = settled(&store.expect("a store that was attached").1.path);
-                let marked = keeper.mark_lost(&settled(&disk.path), &cow);
-                engine.marked_lost(id, marked.is_ok_and(|marked| marked));
+                let cow = store.map_or(&disk.path, |(_, disk)| &disk.path);
+                let marked = keeper.mark_lost(&settled(&disk.path), &settled(cow));
+                if let Err(error) = &marked {
+                    tracing::error!("the loss of a snapshot is not marked: {error}");
+                }
+                engine.marked_lost(id, marked.unwrap_or(false));
             }
             Some(_) => {}
             None => {

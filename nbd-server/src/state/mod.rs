@@ -36,6 +36,11 @@
 //! by that one rename: which file it is whose instant the records know is written
 //! down before ([`attached::Anew`]), and which one lies there is looked at.
 //!
+//! The list of a disk that several volumes share, of several servers perhaps, is locked
+//! while it is read and written anew, and a change touches only the stores that it is
+//! about ([`record::IntentList`]): those of others, which may be in the middle of a
+//! change of their own, stay as they are written.
+//!
 //! Without `--state` there are only the lists, and each disk's rename commits
 //! its own.
 
