@@ -247,7 +247,7 @@ mod tests {
             (1, 1),
             (64 * 16, 64 * 16),
             (64 * 16 + 1, 513),
-            (u64::MAX, 512),
+            (u64::MAX, 1024),
         ] {
             let picture = Picture::new(ChunkSize::MIN, chunks, 64, 16);
             assert_eq!(picture.changed.len(), cells, "{chunks}");
