@@ -414,7 +414,7 @@ impl Volume {
         self.phase == Phase::Open && self.suspension == Suspension::Running
     }
 
-    fn check_range(&self, view: View, offset: u64, len: u64) -> Result<(), Failure> {
+    pub(crate) fn check_range(&self, view: View, offset: u64, len: u64) -> Result<(), Failure> {
         let bytes = self.view_bytes(view).ok_or(Failure::NoSuchView)?;
         match offset.checked_add(len) {
             Some(end) if end <= bytes => Ok(()),
@@ -430,7 +430,9 @@ impl Volume {
         self.index_of(id).map(|i| &self.snapshots[i])
     }
 
-    fn resolve(
+    /// Where the bytes `start..end` of a view lie, in order, until there are `max`
+    /// extents: in a store, or in the origin.
+    pub(crate) fn resolve(
         &self,
         view: View,
         start: u64,
