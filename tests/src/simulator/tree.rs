@@ -13,6 +13,7 @@ mod process;
 mod recovery;
 pub mod tally;
 mod traffic;
+mod verdict;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
