@@ -308,6 +308,9 @@ impl Tree {
             origin_bytes: bytes,
             ..self.config
         });
+        if below.is_some() {
+            volume.stand_on_snapshot();
+        }
         if let Some(bytes) = self.window {
             volume.set_window(bytes);
         }

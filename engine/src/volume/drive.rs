@@ -32,9 +32,10 @@ impl Volume {
                 self.part_ended(
                     request,
                     result.map_err(|error| match error {
-                        // The origin may be a snapshot, whose store refuses writes
-                        // when it is full.
-                        DiskError::NoSpace if of_origin => Failure::NoSpace,
+                        // Its store is full and refuses writes.
+                        DiskError::NoSpace if of_origin && self.stands_on_snapshot => {
+                            Failure::NoSpace
+                        }
                         DiskError::NoSpace | DiskError::Io(_) => Failure::Io,
                     }),
                 );

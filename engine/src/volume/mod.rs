@@ -188,6 +188,8 @@ enum Purpose {
 #[derive(Debug)]
 pub struct Volume {
     config: VolumeConfig,
+    /// The origin is a snapshot of another volume (`tree`).
+    stands_on_snapshot: bool,
     /// Bytes of a mutation that are brought under way at a time.
     window: u64,
     law: Law,
@@ -248,6 +250,7 @@ impl Volume {
         assert!(config.copy_piece >= 512 && config.copy_memory >= config.copy_piece);
         Self {
             config,
+            stands_on_snapshot: false,
             window: WINDOW_BYTES,
             law: Law::default(),
             phase: Phase::Open,
@@ -288,6 +291,12 @@ impl Volume {
     pub fn set_window(&mut self, bytes: u64) {
         assert!(bytes > 0);
         self.window = bytes;
+    }
+
+    /// The origin is a snapshot of another volume: what its store refuses for lack
+    /// of room is refused here too, and is no failed disk.
+    pub(crate) fn stand_on_snapshot(&mut self) {
+        self.stands_on_snapshot = true;
     }
 
     /// A volume that breaks a rule. Nothing may have been attached yet.
