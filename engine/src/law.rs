@@ -18,6 +18,9 @@ macro_rules! mutants {
         }
 
         impl Mutant {
+    /// Those that need a snapshot of a snapshot to do any harm.
+    pub const OF_TREES: &[Self] = &[Self::InnerFlushNotPassedOn];
+
             /// Every one of them, `None` first.
             pub const ALL: &[Self] = &[$(Self::$name,)+];
         }
@@ -70,6 +73,8 @@ mutants! {
     MergeReleasedEarly,
     /// A FLUSH of an origin that is being merged leaves the store out.
     MergeFlushOneDevice,
+    /// A FLUSH of a snapshot that has snapshots of its own does not reach its store.
+    InnerFlushNotPassedOn,
 }
 
 impl Mutant {
@@ -208,6 +213,12 @@ impl Law {
     /// While a merge runs, an origin's content lies on two devices.
     pub(crate) fn flush_both_devices(self) -> bool {
         self.holds(Mutant::MergeFlushOneDevice)
+    }
+
+    /// What a volume asks of its origin, it asks of the store of the snapshot that
+    /// is its origin.
+    pub(crate) fn inner_flush_passed_on(self) -> bool {
+        self.holds(Mutant::InnerFlushNotPassedOn)
     }
 
     /// A FLUSH is answered by a flush that began after it came.

@@ -41,6 +41,11 @@
 //!
 //! An origin is rolled back to a snapshot in `volume/merge`: see there.
 //!
+//! # Snapshots of snapshots
+//!
+//! A volume whose origin is a snapshot of another one, and so on: `tree/`. What is
+//! above holds for each of them.
+//!
 //! # Invariants
 //!
 //! - A chunk's copy never moves, and is never given back.
@@ -57,11 +62,13 @@ pub mod request;
 mod snapshot;
 pub mod store;
 mod table;
+pub mod tree;
 pub mod volume;
 
 pub use disk::{Action, Device, DiskError, DiskOp, OpId, Outcome};
 pub use request::{Command, Failure, Reply, Request, RequestId, SnapshotId, View};
 pub use store::{Access, OpenError, Status, Store, StoreIo, StoreKind, StoreSize, StoreSpec};
+pub use tree::{NodeMergeError, RemoveError, TakeError, Tree};
 pub use volume::{
     Event, ExtendError, Extent, GrowError, InstantId, MergeError, MergeProgress, NotHeld, Now,
     OnFull, SnapshotInfo, SnapshotState, Volume, VolumeConfig,

@@ -76,6 +76,10 @@ impl ExceptionTable {
                 };
             }
         }
+        if limit == 1 {
+            // Nobody asks what comes next: a second search less, at each level of a tree.
+            return Run::Unmapped { len: 1 };
+        }
         let end = old.0.saturating_add(limit);
         let next = self.runs.range(old.0..end).next().map_or(end, |(&s, _)| s);
         Run::Unmapped { len: next - old.0 }

@@ -13,6 +13,7 @@ mod operations;
 mod recovery;
 mod requests;
 mod traffic;
+pub mod tree;
 mod verdict;
 mod world;
 

@@ -66,6 +66,12 @@ pub fn write(
 /// The origin chunks that a store holds exceptions for, in order; `None` where
 /// the header is not one of a valid store.
 pub fn exceptions(disk: &[u8], chunk_sectors: u64) -> Option<Vec<u64>> {
+    let pairs = mappings(disk, chunk_sectors)?;
+    Some(pairs.into_iter().map(|(old, _)| old).collect())
+}
+
+/// The same, each origin chunk with the chunk of the store that holds its data.
+pub fn mappings(disk: &[u8], chunk_sectors: u64) -> Option<Vec<(u64, u64)>> {
     let word = |i: usize| u32::from_le_bytes([disk[i], disk[i + 1], disk[i + 2], disk[i + 3]]);
     if disk.len() < SECTOR
         || word(0) != 0x7041_6e53
@@ -82,7 +88,7 @@ pub fn exceptions(disk: &[u8], chunk_sectors: u64) -> Option<Vec<u64>> {
     loop {
         let at = entry_at(found.len() as u64, chunk_sectors);
         match (long(at), long(at + 8)) {
-            (Some(old), Some(new)) if new != 0 => found.push(old),
+            (Some(old), Some(new)) if new != 0 => found.push((old, new)),
             _ => return Some(found),
         }
     }
@@ -110,6 +116,9 @@ mod tests {
         let old: Vec<u64> = (0..70).rev().collect();
         let mut disk = vec![0xaa; 512 * 2 * 80];
         write(&mut disk, 2, &old, |old, chunk| chunk.fill(old as u8));
+        let new = (0..70).map(|n| data_chunk(n, 2));
+        let pairs: Vec<_> = old.iter().copied().zip(new).collect();
+        assert_eq!(mappings(&disk, 2), Some(pairs));
         assert_eq!(exceptions(&disk, 2), Some(old));
         assert_eq!(disk[data_chunk(69, 2) as usize * 1024], 0);
         assert_eq!(data_chunk(64, 2), 2 + 64 + 1);

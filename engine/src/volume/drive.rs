@@ -27,10 +27,18 @@ impl Volume {
                 reading,
             } => self.client_read_ended(request, index, reading, outcome),
             Purpose::ClientWrite(request) => {
-                if self.requests[request].view == View::Origin {
-                    self.origin_changes += 1;
-                }
-                self.part_ended(request, result.map_err(|_| Failure::Io));
+                let of_origin = self.requests[request].view == View::Origin;
+                self.origin_changes += u64::from(of_origin);
+                self.part_ended(
+                    request,
+                    result.map_err(|error| match error {
+                        // Its store is full and refuses writes.
+                        DiskError::NoSpace if of_origin && self.stands_on_snapshot => {
+                            Failure::NoSpace
+                        }
+                        DiskError::NoSpace | DiskError::Io(_) => Failure::Io,
+                    }),
+                );
             }
             Purpose::CopyRead(job) => self.copy_read_ended(job, outcome),
             Purpose::CopyWrite(job) => self.copy_write_ended(job, result),

@@ -81,6 +81,13 @@ impl Volume {
         self.prepare_instant(stores, Taking::WhenTold)
     }
 
+    /// The next instant gets this number: where several volumes share one count of
+    /// them (`tree`).
+    pub(crate) fn number_next_instant(&mut self, number: u32) {
+        assert!(number >= self.next_instant, "no number is given twice");
+        self.next_instant = number;
+    }
+
     /// The instant is now: its snapshots are Active, an [`Event::Created`] each,
     /// and origin writes go on.
     pub fn take_instant(&mut self, id: InstantId) -> Result<(), NotHeld> {

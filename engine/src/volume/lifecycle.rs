@@ -57,6 +57,13 @@ impl Volume {
         Ok(())
     }
 
+    /// The next snapshot gets this number: where several volumes share one count of
+    /// them (`tree`).
+    pub(crate) fn number_next_snapshot(&mut self, number: u32) {
+        assert!(number >= self.next_snapshot, "no number is given twice");
+        self.next_snapshot = number;
+    }
+
     pub(super) fn new_snapshot_id(&mut self) -> SnapshotId {
         let id = SnapshotId(self.next_snapshot);
         self.next_snapshot += 1;

@@ -195,6 +195,8 @@ enum Purpose {
 #[derive(Debug)]
 pub struct Volume {
     config: VolumeConfig,
+    /// The origin is a snapshot of another volume (`tree`).
+    stands_on_snapshot: bool,
     /// Bytes of a mutation that are brought under way at a time.
     window: u64,
     law: Law,
@@ -255,6 +257,7 @@ impl Volume {
         assert!(config.copy_piece >= 512 && config.copy_memory >= config.copy_piece);
         Self {
             config,
+            stands_on_snapshot: false,
             window: WINDOW_BYTES,
             law: Law::default(),
             phase: Phase::Open,
@@ -295,6 +298,12 @@ impl Volume {
     pub fn set_window(&mut self, bytes: u64) {
         assert!(bytes > 0);
         self.window = bytes;
+    }
+
+    /// The origin is a snapshot of another volume: what its store refuses for lack
+    /// of room is refused here too, and is no failed disk.
+    pub(crate) fn stand_on_snapshot(&mut self) {
+        self.stands_on_snapshot = true;
     }
 
     /// A volume that breaks a rule. Nothing may have been attached yet.
@@ -421,7 +430,7 @@ impl Volume {
         self.phase == Phase::Open && self.suspension == Suspension::Running
     }
 
-    fn check_range(&self, view: View, offset: u64, len: u64) -> Result<(), Failure> {
+    pub(crate) fn check_range(&self, view: View, offset: u64, len: u64) -> Result<(), Failure> {
         let bytes = self.view_bytes(view).ok_or(Failure::NoSuchView)?;
         match offset.checked_add(len) {
             Some(end) if end <= bytes => Ok(()),
@@ -437,7 +446,9 @@ impl Volume {
         self.index_of(id).map(|i| &self.snapshots[i])
     }
 
-    fn resolve(
+    /// Where the bytes `start..end` of a view lie, in order, until there are `max`
+    /// extents: in a store, or in the origin.
+    pub(crate) fn resolve(
         &self,
         view: View,
         start: u64,

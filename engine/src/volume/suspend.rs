@@ -47,6 +47,11 @@ impl Volume {
         }
     }
 
+    /// A new volume among others that stand still: so does it, from its beginning.
+    pub(crate) fn begin_suspended(&mut self) {
+        self.suspension = Suspension::Suspended;
+    }
+
     /// Let everything go on. If the volume was not suspended, nothing happens; if
     /// it was on the way there, [`Event::Suspended`] does not come any more.
     pub fn resume(&mut self) {

@@ -13,15 +13,15 @@ use crate::pattern::SECTOR;
 use crate::store_bytes;
 
 /// The disk under a store that is made or opened.
-struct Bench<'a> {
-    disk: &'a mut SimDisk,
-    rng: &'a mut Rng,
+pub(super) struct Bench<'a> {
+    pub(super) disk: &'a mut SimDisk,
+    pub(super) rng: &'a mut Rng,
     /// Steps until the power fails.
-    steps: Option<u64>,
-    failed: bool,
-    told: bool,
-    kept: Vec<(u64, Vec<u8>)>,
-    wrote: bool,
+    pub(super) steps: Option<u64>,
+    pub(super) failed: bool,
+    pub(super) told: bool,
+    pub(super) kept: Vec<(u64, Vec<u8>)>,
+    pub(super) wrote: bool,
 }
 
 impl Bench<'_> {
