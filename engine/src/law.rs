@@ -18,8 +18,8 @@ macro_rules! mutants {
         }
 
         impl Mutant {
-    /// Those that need a snapshot of a snapshot to do any harm.
-    pub const OF_TREES: &[Self] = &[Self::InnerFlushNotPassedOn];
+            /// Those that need a snapshot of a snapshot to do any harm.
+            pub const OF_TREES: &[Self] = &[Self::InnerFlushNotPassedOn];
 
             /// Every one of them, `None` first.
             pub const ALL: &[Self] = &[$(Self::$name,)+];

@@ -179,6 +179,9 @@ impl Checks {
     /// The process ends by a crash.
     fn end_process(mut session: Session<'_>, half_made: bool, closed: bool) -> Crash {
         session.count_crash_in_merge();
+        if !session.marks.is_empty() {
+            session.world.ledger.count(Tally::CrashBeforeMark);
+        }
         let idle = session.in_flight() == 0;
         let growing = session.is_growing();
         let suspended = session.suspension == Suspension::Suspended;

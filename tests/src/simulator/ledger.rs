@@ -112,6 +112,7 @@ tallies! {
     InvalidByError "invalid: an injected error",
     Unmarked "invalid, and its store could not be marked so",
     MarkedElsewhere "invalid, and the list of stores says so",
+    CrashBeforeMark "crash while the list was about to say so",
     InvalidFound "invalid store found on open",
     InvalidRefused "request refused by an invalid snapshot",
     Overflow "overflow of a PO store",

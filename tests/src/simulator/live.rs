@@ -303,15 +303,26 @@ impl Session<'_> {
     /// Its store cannot say that it is lost: the list of the origin's stores does, or
     /// it cannot be written either.
     pub(super) fn on_mark_wanted(&mut self, id: SnapshotId) -> Result<(), Violation> {
-        let index = self.known(id)?;
-        let slot = &mut self.world.slots[index];
-        let durable = slot.phase != Phase::Removing && self.world.rng.chance(1, 2);
-        if durable {
-            slot.listed_lost = true;
+        self.known(id)?;
+        self.marks.push(id);
+        Ok(())
+    }
+
+    /// One of the marks under way is made, or cannot be. A crash before that leaves
+    /// none, and no write of the origin may have gone on without it.
+    pub(super) fn answer_mark(&mut self) {
+        let which = self.world.rng.index(self.marks.len());
+        let id = self.marks.swap_remove(which);
+        // One that has been removed meanwhile needs none.
+        let there = |index: &usize| self.world.slots[*index].phase != Phase::Removing;
+        let index = self.world.slot_of(id).filter(there);
+        let durable = index.is_some() && self.world.rng.chance(1, 2);
+        if let Some(index) = index.filter(|_| durable) {
+            self.world.slots[index].listed_lost = true;
             self.world.ledger.count(Tally::MarkedElsewhere);
         }
+        say!(self.world, "mark of snapshot {}: {durable}", id.0);
         self.volume.marked_lost(id, durable);
-        Ok(())
     }
 
     pub(super) fn on_suspended(&mut self, durable: bool) -> Result<(), Violation> {

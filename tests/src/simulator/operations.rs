@@ -199,7 +199,7 @@ impl Session<'_> {
 
     /// Where nothing is in flight, nobody may wait.
     fn check_not_stuck(&self) -> Result<(), Violation> {
-        if !self.ops.is_empty() {
+        if self.in_flight() > 0 {
             return Ok(());
         }
         let held = self.instants.iter().any(|told| told.held.is_some());
@@ -267,9 +267,9 @@ impl Session<'_> {
         self.ops.values().any(|op| op.sort == Sort::Grow)
     }
 
-    /// Operations in flight on all disks.
+    /// Operations in flight on all disks, and marks in the list.
     pub(super) fn in_flight(&self) -> usize {
-        self.ops.len()
+        self.ops.len() + self.marks.len()
     }
 
     /// One of the operations in flight: its disk and its place there. Slow ones
@@ -326,7 +326,9 @@ impl Session<'_> {
     }
 
     pub(super) fn end_one(&mut self) -> Result<(), Violation> {
-        if let Some((disk, index)) = self.pick_op() {
+        if !self.marks.is_empty() && (self.ops.is_empty() || self.world.rng.chance(1, 4)) {
+            self.answer_mark();
+        } else if let Some((disk, index)) = self.pick_op() {
             self.end_op(disk, index)?;
         }
         self.pump()

@@ -44,6 +44,8 @@ pub(super) struct Session<'w> {
     pub(super) suspension: Suspension,
     /// Instants that were begun and not taken, in order.
     pub(super) instants: Vec<Told>,
+    /// Snapshots that are lost, and whose marks in the list are under way.
+    pub(super) marks: Vec<SnapshotId>,
     /// A snapshot was removed in this process.
     pub(super) removed_any: bool,
     /// A full store has meant in this process that writes wait, whoever has it by now.
@@ -74,6 +76,7 @@ impl<'w> Session<'w> {
             ambush: None,
             suspension: Suspension::Running,
             instants: Vec::new(),
+            marks: Vec::new(),
             removed_any: false,
             pauses: false,
         }
