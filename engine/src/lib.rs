@@ -56,6 +56,7 @@
 #![forbid(unsafe_code)]
 
 pub mod disk;
+pub mod dm;
 mod in_flight;
 pub mod law;
 pub mod request;
