@@ -69,7 +69,8 @@ impl Scope {
             | Order::VolumeList
             | Order::Clients
             | Order::Disconnect(_)
-            | Order::Events(_) => Self::nothing(),
+            | Order::Events(_)
+            | Order::Dm(_) => Self::nothing(),
         }
     }
 

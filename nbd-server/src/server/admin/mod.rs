@@ -231,6 +231,7 @@ impl Turn<'_> {
             Order::Clients => self.report_clients(),
             Order::Disconnect(disconnect) => self.disconnect(&disconnect),
             Order::Events(_) => unreachable!("the door answers it by itself"),
+            Order::Dm(_) => Err(Refused::NoMappedDevices),
         }
     }
 }
