@@ -93,7 +93,12 @@ impl Mapper {
                 self.tell(key, id, |device| MapperEvent::Invalid(device, why));
                 self.touch(key);
             }
-            Event::Overflow(id) => self.tell(key, id, MapperEvent::Overflow),
+            Event::Overflow(id) => {
+                if let Some(snap) = self.snap_at(key, id) {
+                    self.snaps[snap].overflowed = true;
+                }
+                self.tell(key, id, MapperEvent::Overflow);
+            }
             Event::MergeBegun(id) => {
                 self.set_body(key, id, Body::Merging { level: key, id });
                 self.tell(key, id, MapperEvent::MergeBegun);
@@ -127,15 +132,17 @@ impl Mapper {
         }
     }
 
-    /// The device has an event of its own, for whoever waits for one.
+    /// Whoever waits for the device's events hears of a lost snapshot, as the kernel has
+    /// it, and of nothing else.
     fn tell(&mut self, key: LevelKey, id: SnapshotId, event: impl Fn(DeviceId) -> MapperEvent) {
         let Some(device) = self.snap_at(key, id).and_then(|snap| self.device_of(snap)) else {
             return;
         };
-        if let Some(device) = self.devices.get_mut(&device) {
+        let event = event(device);
+        if let (MapperEvent::Invalid(..), Some(device)) = (&event, self.devices.get_mut(&device)) {
             device.event_nr += 1;
         }
-        self.events.push_back(event(device));
+        self.events.push_back(event);
     }
 
     fn on_joined(&mut self, key: LevelKey, id: SnapshotId) {
@@ -377,7 +384,7 @@ impl Mapper {
         let refuse = |why: &str| Err(Refused::new(Errno::Invalid, why));
         let sharing = self.sharing(snap.origin, snap.cow);
         if let (Some(source), Some(_)) = (sharing.source, sharing.heir) {
-            if source == key {
+            if snap.active {
                 return refuse("Unable to resume snapshot source until handover completes.");
             }
             let device = self.device_of(source);
@@ -427,7 +434,7 @@ impl Mapper {
     fn join(&mut self, key: SnapKey) {
         let snap = &mut self.snaps[key];
         let (origin, cow) = (snap.origin, snap.cow);
-        if let Body::Heir = snap.body {
+        if !snap.active && matches!(snap.body, Body::Heir) {
             match self.sharing(origin, cow).source {
                 Some(source) => self.hand_over(source, key),
                 None => self.snaps[key].body = Body::Lost,

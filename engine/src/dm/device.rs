@@ -181,6 +181,25 @@ impl Mapper {
         }
     }
 
+    /// Sectors of the smallest unit of I/O of what a table may name.
+    pub(super) fn block_of(&self, lower: Lower) -> u64 {
+        let mut block = 1;
+        let mut left = vec![lower];
+        while let Some(next) = left.pop() {
+            match next {
+                Lower::Disk(id) => {
+                    let disk = self.disks.get(&id);
+                    block = disk.map_or(block, |disk| block.max(disk.block));
+                }
+                Lower::Device(id) => {
+                    let live = self.devices.get(&id).and_then(|d| d.live.as_ref());
+                    left.extend(live.into_iter().flat_map(Table::lowers));
+                }
+            }
+        }
+        block
+    }
+
     /// How many tables name it.
     pub(super) fn names(&self, lower: Lower) -> usize {
         let tables = self.devices.values().flat_map(Device::tables);

@@ -48,10 +48,13 @@ pub struct TableLine {
 }
 
 impl Mapper {
-    /// All devices, by number.
+    /// All devices, by name.
     pub fn devices(&self) -> Vec<DeviceInfo> {
         let ids = self.devices.iter().filter(|(_, device)| !device.leaving);
-        ids.filter_map(|(&id, _)| self.info(id).ok()).collect()
+        let infos = ids.filter_map(|(&id, _)| self.info(id).ok());
+        let mut infos: Vec<_> = infos.collect();
+        infos.sort_by(|a, b| a.name.cmp(&b.name));
+        infos
     }
 
     /// One device.
@@ -92,6 +95,8 @@ impl Mapper {
                 }
             }
         }
+        // The latest first, as the kernel has them.
+        deps.reverse();
         Ok(deps)
     }
 

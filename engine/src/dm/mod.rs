@@ -48,6 +48,8 @@ mod orders;
 mod route;
 mod snap;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -61,7 +63,7 @@ use course::Pending;
 use cover::Cover;
 use device::Device;
 pub use info::{DeviceInfo, TableLine};
-pub use orders::{Errno, Need, NewLine, Refused};
+pub use orders::{DEFAULT_CHUNK, Errno, Need, NewLine, Refused};
 use route::{Asked, Parent};
 use snap::Snap;
 pub use table::{DeviceId, DiskId, Line, Lower, Pair, Persistence, Target};
@@ -126,6 +128,8 @@ pub enum MapperEvent {
 #[derive(Debug)]
 struct Disk {
     bytes: u64,
+    /// Sectors of the smallest unit of I/O that it takes.
+    block: u64,
 }
 
 /// A volume, and what its origin is.
@@ -212,11 +216,12 @@ impl Mapper {
         }
     }
 
-    /// A disk of so many bytes that tables may name from now on.
-    pub fn add_disk(&mut self, bytes: u64) -> DiskId {
+    /// A disk of so many bytes that tables may name from now on; `block` are the sectors
+    /// of the smallest unit of I/O that it takes.
+    pub fn add_disk(&mut self, bytes: u64, block: u64) -> DiskId {
         let id = DiskId(self.next_disk);
         self.next_disk += 1;
-        self.disks.insert(id, Disk { bytes });
+        self.disks.insert(id, Disk { bytes, block });
         id
     }
 

@@ -47,6 +47,8 @@ pub enum Need {
     Store {
         /// Where it lies.
         cow: Lower,
+        /// Sectors of a chunk, if it is to be made.
+        chunk: u64,
         /// Its length in bytes.
         cow_bytes: u64,
         /// The origin's.
@@ -64,6 +66,9 @@ pub struct NewLine {
     /// The store, if [`Mapper::examine`] asked for one.
     pub store: Option<Store>,
 }
+
+/// Sectors of a chunk where a persistent store's table says 0.
+pub const DEFAULT_CHUNK: u64 = 32;
 
 /// Number of minors.
 const MINORS: u32 = 1 << 20;
@@ -167,7 +172,7 @@ impl Mapper {
                     return refuse("Snapshot exception store does not support snapshot-merge.");
                 }
             }
-            if !matches!(self.snaps[source].body, Body::Merged) {
+            if !matches!(self.snaps[source].body, Body::Merged) || self.snaps[source].overflowed {
                 return Ok(Some(Need::Heir));
             }
         }
@@ -188,12 +193,22 @@ impl Mapper {
             let why = "COW device is the store of a snapshot of another origin";
             return Err(Refused::new(Errno::Busy, why));
         }
+        let block = self.block_of(pair.origin).max(self.block_of(pair.cow));
+        let chunk = match pair.chunk {
+            0 => DEFAULT_CHUNK,
+            chunk => chunk,
+        };
+        if !chunk.is_multiple_of(block) {
+            let why = "Couldn't create exception store: Chunk size is not a multiple of device blocksize";
+            return Err(Refused::new(Errno::Invalid, why));
+        }
         if merges && self.other_merge(pair.origin) {
             let why = "A snapshot is already merging.";
             return Err(Refused::new(Errno::Invalid, why));
         }
         Ok(Need::Store {
             cow: pair.cow,
+            chunk,
             cow_bytes: self.bytes_of(pair.cow),
             origin_bytes: self.bytes_of(pair.origin),
         })
@@ -297,6 +312,7 @@ impl Mapper {
             discard_zeroes_cow: pair.discard_zeroes_cow,
             discard_passdown_origin: pair.discard_passdown_origin,
             active: false,
+            overflowed: false,
             body,
         }))
     }
@@ -345,7 +361,10 @@ impl Mapper {
         if self.find(name).is_some() {
             return Err(Refused::new(Errno::Busy, "the name is in use"));
         }
-        self.device_mut(id)?.name = name.into();
+        let device = self.device_mut(id)?;
+        device.name = name.into();
+        device.event_nr += 1;
+        self.settle();
         Ok(())
     }
 

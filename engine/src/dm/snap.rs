@@ -46,8 +46,10 @@ pub(super) struct Snap {
     pub(super) chunk: u64,
     pub(super) discard_zeroes_cow: bool,
     pub(super) discard_passdown_origin: bool,
-    /// It has been resumed, and nobody has taken over from it.
+    /// It has been resumed.
     pub(super) active: bool,
+    /// Its store has been full, which goes with the exceptions too.
+    pub(super) overflowed: bool,
     pub(super) body: Body,
 }
 
@@ -71,7 +73,8 @@ impl Snap {
     }
 }
 
-/// Those with one store and one origin.
+/// Those with one store and one origin. Of two, one may have given its exceptions to
+/// the other: both have been resumed then.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sharing {
     /// The one that has the exceptions.
@@ -113,7 +116,7 @@ impl Mapper {
         to.body = std::mem::replace(&mut from.body, Body::Lost);
         std::mem::swap(&mut to.persistence, &mut from.persistence);
         std::mem::swap(&mut to.chunk, &mut from.chunk);
-        from.active = false;
+        std::mem::swap(&mut to.overflowed, &mut from.overflowed);
     }
 
     /// In dm-snapshot's words.
@@ -125,7 +128,14 @@ impl Mapper {
             total,
             metadata: chunks * snap.chunk,
         };
+        if snap.overflowed
+            && let Some((level, id)) = snap.place()
+            && self.levels[level].volume.status(id) != Some(Status::Invalid)
+        {
+            return Status::Overflow;
+        }
         match &snap.body {
+            Body::Merged if snap.overflowed => Status::Overflow,
             Body::Loaded(store) | Body::Joining { store, .. } => store.status(),
             Body::Taking { level, id }
             | Body::There { level, id }

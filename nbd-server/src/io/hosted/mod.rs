@@ -31,6 +31,8 @@ use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
 use orders::Hold;
+pub(super) use questions::answer_status;
+
 pub use orders::{AutoExtend, NotHeld, NotMerged, Settings, VolumeOrder};
 
 /// Operations performed for one volume before others have their turn.
@@ -102,16 +104,16 @@ pub struct HostedStatus {
 
 /// A request that the engine or a helper has.
 #[derive(Debug)]
-struct Waiting {
-    connection: Key,
-    cookie: u64,
+pub(super) struct Waiting {
+    pub(super) connection: Key,
+    pub(super) cookie: u64,
     /// Counted against the connection's bound.
-    bytes: usize,
-    kind: Kind,
+    pub(super) bytes: usize,
+    pub(super) kind: Kind,
 }
 
 #[derive(Debug)]
-enum Kind {
+pub(super) enum Kind {
     /// The reply brings these bytes.
     Read {
         offset: u64,
@@ -541,13 +543,13 @@ fn local_disk<'a>(
     }
 }
 
-fn refuse(connection: &mut Connection, cookie: u64, refusal: Refusal) {
+pub(super) fn refuse(connection: &mut Connection, cookie: u64, refusal: Refusal) {
     let structured = connection.terms.structured;
     reply::refused(&mut connection.outbox, structured, cookie, refusal);
 }
 
 /// Answer a request that was under way, if its client is still there.
-fn answer(clients: &mut Clients, waiting: &Waiting, result: Result<Vec<Bytes>, Failure>) {
+pub(super) fn answer(clients: &mut Clients, waiting: &Waiting, result: Result<Vec<Bytes>, Failure>) {
     let Some(connection) = clients.get(waiting.connection) else {
         return;
     };

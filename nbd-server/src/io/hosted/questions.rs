@@ -185,7 +185,7 @@ impl Hosted {
     }
 }
 
-fn answer_status(
+pub(in crate::io) fn answer_status(
     connection: &mut Connection,
     cookie: u64,
     one_extent: bool,
