@@ -403,6 +403,11 @@ impl Mapper {
         false
     }
 
+    /// Whether a client has it open.
+    pub fn has_clients(&self, id: DeviceId) -> bool {
+        self.devices.get(&id).is_some_and(|device| device.clients > 0)
+    }
+
     /// It has it open no more.
     pub fn detach(&mut self, id: DeviceId) {
         let Some(device) = self.devices.get_mut(&id) else {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use bytes::Bytes;
-use nbdsnap_engine::dm::{DeviceId, DiskId, Lower, Mapper, MapperEvent, OrderId, Refused};
+use nbdsnap_engine::dm::{DeviceId, DeviceInfo, DiskId, Lower, Mapper, MapperEvent, OrderId, Refused};
 use nbdsnap_engine::{
     Command, Device, Extent, Failure, OpId, Outcome, Reply, RequestId, SnapshotId, View,
     VolumeConfig,
@@ -74,6 +74,8 @@ pub struct Mapped {
     disks: BTreeMap<DiskId, LocalDisk>,
     waiting: Table<Asker>,
     orders: BTreeMap<OrderId, Sender<Result<(), Refused>>>,
+    /// How often somebody has looked at all devices.
+    looks: u64,
     closed: Option<bool>,
     is_closing: bool,
 }
@@ -100,6 +102,7 @@ impl Mapped {
             disks: BTreeMap::new(),
             waiting: Table::new(),
             orders: BTreeMap::new(),
+            looks: 0,
             closed: None,
             is_closing: false,
         }
@@ -137,6 +140,12 @@ impl Mapped {
             self.disks.remove(&id);
         }
         dropped
+    }
+
+    /// All devices, and a number that is larger with every such look.
+    pub fn numbered_devices(&mut self) -> (u64, Vec<DeviceInfo>) {
+        self.looks += 1;
+        (self.looks, self.mapper.devices())
     }
 
     /// Have `end` told when `order` has come to its end.
@@ -259,6 +268,7 @@ impl Mapped {
     pub(super) fn close(&mut self) {
         if !self.is_closing {
             self.is_closing = true;
+            self.orders.clear();
             self.mapper.close();
         }
     }

@@ -147,6 +147,11 @@ impl Claims {
         self.changed.notify_all();
     }
 
+    /// No more orders are executed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().is_closed
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().expect("no holder of this lock panics")
     }

@@ -156,7 +156,8 @@ impl Turn<'_> {
                 let name = name.snapshot.clone();
                 return Err(Refused::Name { name, why });
             }
-            if volume.snapshot(&name.snapshot).is_some() {
+            let export = names::export(&name.volume, &name.snapshot);
+            if volume.snapshot(&name.snapshot).is_some() || self.registry.mapped.has(&export) {
                 return Err(Refused::Exists(name.clone()));
             }
             if wanted[..place].contains(name) {

@@ -75,8 +75,6 @@ pub(super) enum Refused {
     ExtendBy(SnapshotName),
     #[error("{0} keeps its size: {1}")]
     NotResized(String, String),
-    #[error("this server has no mapped devices")]
-    NoMappedDevices,
     #[error("{0} is suspended already")]
     Suspended(String),
     #[error("{0} is suspended: resume it first")]
