@@ -129,8 +129,8 @@ pub enum DmOrder {
         #[serde(default)]
         inactive: bool,
     },
-    /// Wait until more than so many events have happened to a device, then as
-    /// [`DmOrder::Status`].
+    /// Wait as long as exactly so many events have happened to a device, then as
+    /// [`DmOrder::Status`]; so too when the device goes.
     Wait {
         /// Which.
         device: DeviceName,
@@ -198,7 +198,8 @@ pub enum DmAnswer {
     },
     /// It was done to this device.
     Device(DmInfo),
-    /// The devices there are, in the order of their names.
+    /// The devices there are; dmsetup lists them in the order of their names, byte
+    /// by byte.
     Names(Vec<DmName>),
     /// A device, and the lines of a table or of its status: none, if it has no such
     /// table.

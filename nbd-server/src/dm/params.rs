@@ -75,7 +75,7 @@ pub fn parse(
         "error" => Ok(Target::Error),
         "snapshot-origin" => snapshot_origin(&args, resolve),
         "snapshot" => Ok(Target::Snapshot(pair(&args, resolve)?)),
-        "snapshot-merge" => Ok(Target::SnapshotMerge(pair(&args, resolve)?)),
+        "snapshot-merge" => snapshot_merge(&args, resolve),
         _ => Err(TargetError::new("unknown target type")),
     }
 }
@@ -163,6 +163,15 @@ fn snapshot_origin(args: &[&str], resolve: &mut Resolve<'_>) -> Result<Target, T
     let origin =
         resolve(origin).map_err(|errno| TargetError::with(errno, "Cannot get target device"))?;
     Ok(Target::SnapshotOrigin { origin })
+}
+
+fn snapshot_merge(args: &[&str], resolve: &mut Resolve<'_>) -> Result<Target, TargetError> {
+    let pair = pair(args, resolve)?;
+    if pair.persistence == Persistence::Transient {
+        let why = "Snapshot exception store does not support snapshot-merge.";
+        return Err(TargetError::new(why));
+    }
+    Ok(Target::SnapshotMerge(pair))
 }
 
 fn pair(args: &[&str], resolve: &mut Resolve<'_>) -> Result<Pair, TargetError> {
@@ -266,7 +275,7 @@ fn is_blank(letter: char) -> bool {
 }
 
 /// The arguments of a line. A backslash has the letter behind it taken as it is.
-fn split(params: &str) -> Vec<String> {
+pub(crate) fn split(params: &str) -> Vec<String> {
     let mut args = Vec::new();
     let mut arg: Option<String> = None;
     let mut letters = params.chars();
@@ -286,7 +295,7 @@ fn split(params: &str) -> Vec<String> {
 }
 
 /// Have [`split`] see one argument, and dmsetup's tables no comment.
-fn quote(name: &str) -> String {
+pub(crate) fn quote(name: &str) -> String {
     let mut text = String::with_capacity(name.len());
     for letter in name.chars() {
         if is_blank(letter) || matches!(letter, '\\' | '#') {

@@ -23,6 +23,8 @@ pub enum TableError {
     NoTargets,
     /// A line has no sectors.
     ZeroLength,
+    /// A line ends beyond what a device can be.
+    TooLarge,
     /// There is no such target.
     UnknownTarget(String),
     /// A line is wrong.
@@ -38,7 +40,7 @@ impl TableError {
     /// The kernel's error number, positive.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::NoTargets | Self::ZeroLength | Self::UnknownTarget(_) => EINVAL,
+            Self::NoTargets | Self::ZeroLength | Self::TooLarge | Self::UnknownTarget(_) => EINVAL,
             Self::Target { error, .. } => error.errno,
         }
     }
@@ -49,6 +51,7 @@ impl TableError {
         match self {
             Self::NoTargets => "ioctl: populate_table: no targets specified".into(),
             Self::ZeroLength => format!("table: {device}: zero-length target"),
+            Self::TooLarge => format!("table: {device}: too large device"),
             Self::UnknownTarget(name) => format!("table: {device}: {name}: unknown target type"),
             Self::Target { target, error } => {
                 let TargetError { errno, why } = error;
@@ -89,6 +92,9 @@ fn parse_line(line: &TextLine, next: u64, resolve: &mut Resolve<'_>) -> Result<L
     if len == 0 {
         return Err(TableError::ZeroLength);
     }
+    if start.checked_add(len).is_none_or(|end| end > MOST_SECTORS) {
+        return Err(TableError::TooLarge);
+    }
     if !params::is_known(&line.target) {
         return Err(TableError::UnknownTarget(line.target.clone()));
     }
@@ -96,17 +102,10 @@ fn parse_line(line: &TextLine, next: u64, resolve: &mut Resolve<'_>) -> Result<L
         target: line.target.clone(),
         error,
     };
-    let refuse = |why| {
-        let why = Cow::Borrowed(why);
-        let errno = EINVAL;
-        Err(wrong(TargetError { errno, why }))
-    };
     if start != next {
-        return refuse("Gap in table");
-    }
-    // The kernel calculates on, modulo 2^64.
-    if start.checked_add(len).is_none_or(|end| end > MOST_SECTORS) {
-        return refuse("Table is longer than a device can be");
+        let why = "Gap in table".into();
+        let errno = EINVAL;
+        return Err(wrong(TargetError { errno, why }));
     }
     let target = params::parse(&line.target, len, &line.params, resolve).map_err(wrong)?;
     Ok(Line { start, len, target })
@@ -211,12 +210,12 @@ mod tests {
             (
                 vec![good.clone(), line(8, u64::MAX, "error", "")],
                 EINVAL,
-                "table: 4095:7: error: Table is longer than a device can be (-EINVAL)",
+                "table: 4095:7: too large device",
             ),
             (
                 vec![line(0, MOST_SECTORS + 1, "error", "")],
                 EINVAL,
-                "table: 4095:7: error: Table is longer than a device can be (-EINVAL)",
+                "table: 4095:7: too large device",
             ),
             (
                 vec![good, line(8, 8, "linear", "/nowhere 0")],
