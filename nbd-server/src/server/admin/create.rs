@@ -274,6 +274,7 @@ impl Turn<'_> {
             match self.wait(shard, &answer, Some(until)) {
                 Ok(Ok(ids)) => all.push(HeldPart { name, ids, facts }),
                 Ok(Err(NotHeld::FlushFailed)) => failed = Some(Refused::FlushFailed(name)),
+                Ok(Err(NotHeld::NotThere)) => failed = Some(Refused::NotTakeable(name)),
                 Ok(Err(NotHeld::Closing)) => failed = Some(Refused::Stopping),
                 Err(Refused::TooSlow) => failed = Some(Refused::NotHeld(HOLD.as_secs())),
                 Err(refused) => failed = Some(refused),
