@@ -17,6 +17,8 @@ pub struct DeviceInfo {
     pub bytes: u64,
     /// Clients, and tables of other devices.
     pub open_count: u64,
+    /// Clients.
+    pub clients: u64,
     /// How many events it has had.
     pub event_nr: u32,
     /// Its requests queue.
@@ -67,6 +69,7 @@ impl Mapper {
             uuid: device.uuid.clone(),
             bytes: device.bytes(),
             open_count: self.open_count(id),
+            clients: device.clients,
             event_nr: device.event_nr,
             suspended: device.course == Course::Suspended,
             live_table: live.is_some(),
@@ -88,7 +91,11 @@ impl Mapper {
     /// What a device's active table names, or that which waits.
     pub fn deps(&self, id: DeviceId, inactive: bool) -> Result<Vec<Lower>, Refused> {
         let mut deps = Vec::new();
-        for mapped in self.chosen(id, inactive)?.into_iter().flat_map(|t| &t.lines) {
+        for mapped in self
+            .chosen(id, inactive)?
+            .into_iter()
+            .flat_map(|t| &t.lines)
+        {
             for lower in mapped.line.target.lowers() {
                 if !deps.contains(&lower) {
                     deps.push(lower);
