@@ -219,7 +219,7 @@ impl Kernel {
         }
         let uuid = uuid.unwrap_or_default();
         let is_same = |one: &Device| one.name == name || (!uuid.is_empty() && one.uuid == uuid);
-        let free = minor.or_else(|| (0..).find(|minor| !self.devices.contains_key(minor)));
+        let free = minor.or_else(|| (0..256).find(|minor| !self.devices.contains_key(minor)));
         let minor = free.expect("a free number");
         if self.devices.contains_key(&minor) || self.devices.values().any(is_same) {
             return Err((EBUSY, None));
