@@ -55,7 +55,9 @@ impl Mapper {
                 while let Some(reply) = self.levels[key].volume.poll_reply() {
                     self.on_reply(reply);
                 }
-                while let Some(event) = self.levels[key].volume.poll_event() {
+                // The last event ends the level.
+                while let Some(event) = self.levels.get_mut(key).and_then(|l| l.volume.poll_event())
+                {
                     self.on_event(key, &event);
                 }
             }

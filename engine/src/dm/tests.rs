@@ -812,3 +812,33 @@ fn full_stores_mean_what_they_mean_to_the_kernel() {
         assert_eq!(rig.done.remove(&waiting), Some(Ok(())));
     }
 }
+
+#[test]
+fn an_end_with_everything_in_use_commits_all_of_it() {
+    let mut rig = Rig::new(9);
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(200), rig.empty_disk(200));
+    let (_, view) = rig.device(
+        "snap",
+        vec![line(0, 32, Target::Snapshot(pair(disk, cow, 2)))],
+    );
+    let upper = Target::Snapshot(pair(view, other, 2));
+    let (upper, _) = rig.device("upper", vec![line(0, 32, upper)]);
+    let (low, lower) = rig.device("low", vec![line(0, 32, linear(disk, 0))]);
+    rig.suspend(low);
+    let held = rig.hand_in(lower, write(2, 4, 77));
+    let other = rig.hand_in(view, write(8, 3, 78));
+    let waiting = rig.mapper.wait(upper, 0).unwrap();
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
+    // What waited went through, and nobody hears of an event that never came.
+    for id in [held, other] {
+        assert_eq!(rig.replies.remove(&id), Some(Ok(Vec::new())));
+    }
+    assert_eq!(sectors(rig.bytes(disk))[2..6], [77; 4]);
+    assert!(!rig.done.contains_key(&waiting));
+    let late = rig.hand_in(disk, Command::Flush);
+    rig.run();
+    assert_eq!(rig.replies.remove(&late), Some(Err(Failure::ShuttingDown)));
+    assert!(rig.mapper.is_idle());
+}
