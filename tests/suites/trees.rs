@@ -11,6 +11,8 @@ mod batch;
 mod forest;
 #[path = "trees/instants.rs"]
 mod instants;
+#[path = "trees/merges.rs"]
+mod merges;
 #[path = "trees/refusals.rs"]
 mod refusals;
 #[path = "random_views/view.rs"]
