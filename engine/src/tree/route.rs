@@ -167,6 +167,7 @@ impl Tree {
             Event::Created(id) => self.rise(id),
             Event::CreateFailed(id) | Event::Removed(id) | Event::Merged(id) => {
                 self.nodes.remove(&id);
+                self.share_copy_memory();
             }
             Event::InstantFailed(id) => self.forget_instant(id),
             Event::MergeBegun(id) => self.leave(id, Standing::Merging),

@@ -125,6 +125,18 @@ pub enum CowError {
         /// The other store.
         other: PathBuf,
     },
+    /// Others were taken of the snapshot.
+    #[error(
+        "{}: a snapshot was taken of it, whose store is {}, and depends on it: merge or remove that one first",
+        shown(cow),
+        shown(other)
+    )]
+    Depended {
+        /// The store.
+        cow: PathBuf,
+        /// That of the other snapshot.
+        other: PathBuf,
+    },
     /// Another program did not do its part.
     #[error("{program}: {error}")]
     Program {

@@ -4,18 +4,20 @@
 //! - The disk's list has the store marked as merging, durably, before the first byte
 //!   of the disk changes (durability.md, rule 12): whoever comes after a crash, this
 //!   tool or a server, goes on with it.
-//! - The disk's other snapshots are served: they get their copies first (rule 12),
-//!   and one that is not there is a refusal (rule 7).
+//! - The disk's other snapshots are served, and theirs: they get their copies first
+//!   (rule 12), and one that is not there is a refusal (rule 7). One that others were
+//!   taken of is not merged.
+//! - A snapshot of a snapshot is merged into that; the disk stays as it is.
 //! - Each step is durable before the next: what is cut off at any moment is taken up
 //!   again by the same command.
 //!
 //! A merge that the kernel or LVM began is a store whose list is shorter; it is taken
 //! up like any other, once the operator says that it belongs to the disk (`adopt`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, VolumeConfig};
+use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, View, VolumeConfig};
 
 use super::open::disk_bytes;
 use super::{CowError, CowStore, Reading};
@@ -25,6 +27,7 @@ use crate::disks::{
 use crate::io::VolumeAccess;
 use crate::io::file::{Medium, perform};
 use crate::law;
+use crate::names;
 use crate::server::setup::{OpenDisk, OpenVolume};
 use crate::state::admission;
 use crate::state::attached::{Attached, Mark};
@@ -64,12 +67,23 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
     CowStore::open(wanted.cow, Reading::Alone)?.insist_on_soundness(Some(origin_bytes))?;
     let mut keeper = Keeper::open(SystemFiles, None).map_err(records)?;
     let list = keeper.list(wanted.origin).map_err(records)?;
-    let name = name_of(wanted.cow, &list);
+    let mut called = names_in(&list);
+    let name = match called.remove(&settled(wanted.cow)) {
+        Some(name) => name,
+        None => unused_name(&called),
+    };
     let mut taken = Taken::default();
-    let plan = plan(&keeper, wanted, &list, &name, &mut taken)?;
+    let plan = plan(&keeper, wanted, &list, (&name, &called), &mut taken)?;
     let offered = plan.offered();
     for volume in &offered {
         admission::admit(&keeper, volume, wanted.without)?;
+        let mut stores = volume.stores.iter();
+        if let Some(other) = stores.find(|one| names::depends(&one.snapshot, &name)) {
+            return Err(CowError::Depended {
+                cow: wanted.cow.to_owned(),
+                other: other.cow.clone(),
+            });
+        }
     }
     let merging = admission::state_with(&keeper, offered.iter().map(Into::into).collect());
     let mut merged = merging.clone();
@@ -94,15 +108,34 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
     Ok(chunks)
 }
 
-/// A store that the list names keeps its name.
-fn name_of(cow: &Path, list: &Attached) -> String {
-    match list.find(&settled(cow)) {
-        Some(listed) => listed.snapshot.clone(),
-        None => (0..=list.stores.len())
-            .map(|n| format!("merge{n}"))
-            .find(|name| list.stores.iter().all(|one| one.snapshot != *name))
-            .expect("more names than stores"),
+/// What the stores of the list are called, by their paths: as the list says, but each
+/// by the name that what it is of has here, and no two alike. (The list of a disk that
+/// was shared names snapshots of several volumes.)
+fn names_in(list: &Attached) -> BTreeMap<PathBuf, String> {
+    let mut called = BTreeMap::<PathBuf, String>::new();
+    let mut taken = BTreeSet::new();
+    let mut stores: Vec<_> = list.stores.iter().collect();
+    stores.sort_by_key(|one| names::depth(&one.snapshot));
+    for store in stores {
+        let below = store.is_of().and_then(|of| called.get(of));
+        let mut name = match below {
+            Some(below) => names::path(Some(below), names::last(&store.snapshot)),
+            None => store.snapshot.clone(),
+        };
+        while !taken.insert(name.clone()) {
+            name.push('+');
+        }
+        called.insert(store.cow.clone(), name);
     }
+    called
+}
+
+/// A name for a store that the list does not have.
+fn unused_name(called: &BTreeMap<PathBuf, String>) -> String {
+    (0..=called.len())
+        .map(|n| format!("merge{n}"))
+        .find(|name| called.values().all(|one| one != name))
+        .expect("more names than stores")
 }
 
 /// The disk with the store that is merged, and with all others of its list.
@@ -110,7 +143,7 @@ fn plan(
     keeper: &Keeper<SystemFiles>,
     wanted: Wanted<'_>,
     list: &Attached,
-    name: &str,
+    (name, called): (&str, &BTreeMap<PathBuf, String>),
     taken: &mut Taken,
 ) -> Result<Plan, CowError> {
     let ours = settled(wanted.cow);
@@ -127,15 +160,7 @@ fn plan(
         .iter()
         .filter(|one| one.cow != ours && one.mark == Mark::Attached)
         .filter(|one| !given_up.contains(&one.cow));
-    // The list of a disk that was shared names snapshots of several volumes.
-    let mut names = BTreeSet::from([name.to_owned()]);
-    let siblings = siblings.map(|one| {
-        let mut name = one.snapshot.clone();
-        while !names.insert(name.clone()) {
-            name.push('+');
-        }
-        request(&name, &one.cow, false)
-    });
+    let siblings = siblings.map(|one| request(&called[&one.cow], &one.cow, false));
     let request = VolumeRequest {
         name: VOLUME.to_owned(),
         path: wanted.origin.to_owned(),
@@ -178,28 +203,36 @@ fn merge(
     let OpenVolume {
         disk, snapshots, ..
     } = volume;
-    let mut engine = law::new_volume(VolumeConfig {
+    let mut engine = law::new_tree(VolumeConfig {
         origin_bytes: disk.bytes,
         copy_memory: STEP,
         copy_piece: PIECE,
     });
     engine.set_merge_step(STEP);
     let mut stores: Vec<(SnapshotId, OpenDisk)> = Vec::new();
-    let mut chunk_bytes = 0;
+    let mut views = BTreeMap::new();
+    let mut merged = None;
+    let mut snapshots = snapshots;
+    snapshots.sort_by_key(|one| names::depth(&one.name));
     for snapshot in snapshots {
+        let of = names::origin(&snapshot.name).map_or(View::Origin, |of| views[of]);
         let id = if snapshot.name == name {
-            chunk_bytes = snapshot.store.chunk_size().bytes();
-            engine.attach_merging(snapshot.store)
+            let chunk_bytes = snapshot.store.chunk_size().bytes();
+            let id = engine.attach_merging(of, snapshot.store);
+            merged = Some((id, chunk_bytes));
+            id
         } else {
-            let id = engine.attach_snapshot(snapshot.store);
+            let id = engine.attach_snapshot(of, snapshot.store);
             // One that is full stops the merge, rather than be lost for it.
             engine.set_on_full(id, OnFull::Pause);
             id
         };
+        views.insert(snapshot.name, View::Snapshot(id));
         stores.push((id, snapshot.disk));
     }
+    let (merged, chunk_bytes) = merged.expect("it was planned");
     let total = engine
-        .merge_progress()
+        .merge_of(merged)
         .map_or(0, |progress| progress.total_chunks);
     loop {
         while let Some(op) = engine.poll_disk_op() {
@@ -213,7 +246,7 @@ fn merge(
             };
             let outcome = perform(&file.file, medium, &op.action);
             engine.handle_completion(op.id, outcome);
-            if let Some(at) = engine.merge_progress() {
+            if let Some(at) = engine.merge_of(merged) {
                 progress((total - at.left_chunks) * chunk_bytes);
             }
         }
