@@ -219,7 +219,8 @@ fn bad_tables_are_refused_as_dmsetup_does_and_change_nothing() {
     let (a, b, cow) = (scene.path("a"), scene.path("b"), scene.path("cow1"));
     scene.create("low", &format!("0 4096 linear {a} 0"));
     scene.create("high", "0 4096 linear /dev/mapper/low 0");
-    let mut served = Serve::on_socket_in(scene.folder.path());
+    let elsewhere = folder();
+    let mut served = Serve::on_socket_in(elsewhere.path());
     served.disk("other", &scene.folder.path().join("b"));
     let tables = scene.ok(&["table"]);
     let before = Fingerprint::of(scene.folder.path());
@@ -417,6 +418,20 @@ fn dm_and_snapshot_are_two_views_of_the_same_devices() {
         scene.write(&mut base, &mut model, 0);
     }
     assert!(contents(&scene.server, "base@mon") == frozen);
+    // A snapshot of the snapshot.
+    let next = scene.path("next.cow");
+    let create = ["snapshot", "create", "base@mon@next", "--cow", &next];
+    let answer = done(&scene.server, &create);
+    assert_eq!(answer[0]["of"], "base@mon");
+    let mut mon = attach(&scene.server, "base@mon");
+    let mut changed = frozen.clone();
+    scene.write(&mut mon, &mut changed, 0);
+    assert!(contents(&scene.server, "base@mon@next") == frozen);
+    assert!(contents(&scene.server, "base@mon") == changed);
+    mon.disconnect().expect("a farewell");
+    let busy = refused(&scene.server, &["snapshot", "remove", "base@mon"]);
+    assert!(busy.contains("in use"), "{busy}");
+    done(&scene.server, &["snapshot", "remove", "base@mon@next"]);
     // Each says the other's words about a snapshot.
     let status = done(&scene.server, &["snapshot", "status", "base@mon"]);
     assert_eq!(status[0]["status"], scene.status("base@mon"));

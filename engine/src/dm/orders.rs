@@ -196,6 +196,9 @@ impl Mapper {
         }
         let block = self.block_of(pair.origin).max(self.block_of(pair.cow));
         let chunk = match pair.chunk {
+            0 if pair.persistence == Persistence::Transient => {
+                return Err(Refused::new(Errno::Invalid, "Chunk size not set"));
+            }
             0 => DEFAULT_CHUNK,
             chunk => chunk,
         };

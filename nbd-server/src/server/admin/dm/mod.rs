@@ -12,7 +12,8 @@ mod stores;
 mod views;
 mod words;
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use nbdsnap_engine::dm::{DeviceId, DeviceInfo, Errno, Lower, Need, NewLine, OrderId};
@@ -196,16 +197,23 @@ impl Turn<'_> {
         order: OrderId,
         ended: &Receiver<Result<(), nbdsnap_engine::dm::Refused>>,
     ) -> Done<()> {
-        loop {
-            let until = Instant::now() + PATIENCE;
-            match self.wait(MAPPED_SHARD, ended, Some(until)) {
-                Ok(end) => return Ok(end?),
-                Err(Refused::TooSlow) if !self.is_stopping() => {}
-                Err(Refused::TooSlow) => {
-                    self.mapped(move |mapped| mapped.forget(order))?;
-                    return Err(Refused::Stopping.into());
+        let (shards, claims) = (Arc::clone(&self.shards), self.claims());
+        // Without the books: it may be long, and others are to go on.
+        let end = self.aside(|_| {
+            loop {
+                match ended.recv_timeout(PATIENCE) {
+                    Ok(end) => return Some(end),
+                    Err(RecvTimeoutError::Timeout)
+                        if !claims.is_closed() && !shards[MAPPED_SHARD].has_ended() => {}
+                    Err(_) => return None,
                 }
-                Err(other) => return Err(other.into()),
+            }
+        });
+        match end {
+            Some(end) => Ok(end?),
+            None => {
+                self.shards[MAPPED_SHARD].with_mapped(move |mapped| mapped.forget(order));
+                Err(Refused::Stopping.into())
             }
         }
     }
