@@ -87,6 +87,12 @@ fn cow_merge(cow: &Path, disk: &Path) -> Finished {
     run(command.arg("--origin").arg(disk))
 }
 
+fn cow_extract(cow: &Path, disk: &Path) -> Finished {
+    let mut command = Command::new(program());
+    command.args(["cow", "extract"]).arg(cow);
+    run(command.arg("--origin").arg(disk).arg("--output").arg("-"))
+}
+
 #[test]
 fn the_offline_tool_merges_a_snapshot_into_what_it_was_taken_of() {
     let folder = folder();
@@ -106,6 +112,9 @@ fn the_offline_tool_merges_a_snapshot_into_what_it_was_taken_of() {
     server.stop();
     let line = one_line(&cow_merge(&store_of(at, "disk@a"), &disk), 1);
     assert!(line.contains("a@b.cow, and depends on it"), "{line}");
+    // What it shows lies in the snapshot below, of which the tool is told nothing.
+    let line = one_line(&cow_extract(&store_of(at, "disk@a@b"), &disk), 1);
+    assert!(line.contains("is of a snapshot"), "{line}");
     let before = sha256(&disk);
     let _ = cow_merge(&store_of(at, "disk@a@b"), &disk).ok();
     assert_eq!(sha256(&disk), before, "the disk has no part in it");
