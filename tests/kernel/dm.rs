@@ -1,0 +1,8 @@
+//! `nbdsnap dm` beside dmsetup and the kernel: the same commands, the same requests
+//! between them, the same answers, the same bytes. What differs is told with the
+//! steps that led there, and each comparison is shown that it can differ.
+
+#[path = "dm/differential.rs"]
+mod differential;
+
+const SUITE: &str = "kernel_dm";
