@@ -87,9 +87,9 @@ fn agrees_with_the_model(sequence: &Sequence, outcomes: &[Outcome]) {
         let before: Vec<String> = steps[..n].iter().map(ToString::to_string).collect();
         assert!(
             (outcome.code == 0) == expected,
-            "the model expects {expected} of step {n}, {}\n{outcome}\nafter\n{}",
+            "after\n{}\nthe model expects {expected} of step {n}, {}\n{outcome}",
+            before.join("\n"),
             steps[n],
-            before.join("\n")
         );
     }
 }

@@ -336,7 +336,7 @@ impl Model {
     pub fn is_safe(&self, command: &Command) -> bool {
         match command {
             Command::Create { table, .. } => table.iter().all(|table| self.may_load(table)),
-            Command::Load(_, table) => self.may_load(table),
+            Command::Load(name, table) => self.may_load(table) && !self.loops(name, table),
             Command::Resume(name) => self.device(name).is_none_or(|device| {
                 let next = device.inactive.as_ref().or(device.live.as_ref());
                 let mut lines = next.into_iter().flat_map(|next| snapshots(&next.table));
@@ -344,6 +344,27 @@ impl Model {
             }),
             _ => true,
         }
+    }
+
+    /// Whether the device would stand on itself, now or after some resume: the kernel
+    /// takes that, and ends in its own tail.
+    fn loops(&self, name: &str, table: &Table) -> bool {
+        let Some(device) = self.device(name) else {
+            return false;
+        };
+        let mut left: Vec<On> = table.iter().flat_map(|line| stands_on(&line.target)).collect();
+        while let Some(on) = left.pop() {
+            let On::Device(number) = on else {
+                continue;
+            };
+            if number == device.number {
+                return true;
+            }
+            let tables = self.by_number(number).into_iter().flat_map(Device::loaded);
+            let lines = tables.flat_map(|loaded| &loaded.table);
+            left.extend(lines.flat_map(|line| stands_on(&line.target)));
+        }
+        false
     }
 
     fn may_load(&self, table: &Table) -> bool {
