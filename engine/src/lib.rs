@@ -56,6 +56,7 @@
 #![forbid(unsafe_code)]
 
 pub mod disk;
+pub mod dm;
 mod in_flight;
 pub mod law;
 pub mod request;
@@ -66,6 +67,7 @@ pub mod tree;
 pub mod volume;
 
 pub use disk::{Action, Device, DiskError, DiskOp, OpId, Outcome};
+
 pub use request::{Command, Failure, Reply, Request, RequestId, SnapshotId, View};
 pub use store::{Access, OpenError, Status, Store, StoreIo, StoreKind, StoreSize, StoreSpec};
 pub use tree::{NodeMergeError, RemoveError, TakeError, Tree};

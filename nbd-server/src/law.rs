@@ -8,7 +8,7 @@
 //! they notice.
 
 use nbdsnap_engine::{
-    Access, DiskError, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Volume,
+    Access, DiskError, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Tree, Volume,
     VolumeConfig,
 };
 
@@ -19,6 +19,15 @@ pub(crate) fn new_volume(config: VolumeConfig) -> Volume {
     #[cfg(feature = "mutants")]
     volume.set_law(broken::law());
     volume
+}
+
+/// [`Tree::new`].
+pub(crate) fn new_tree(config: VolumeConfig) -> Tree {
+    #[allow(unused_mut)]
+    let mut tree = Tree::new(config);
+    #[cfg(feature = "mutants")]
+    tree.set_law(broken::law());
+    tree
 }
 
 /// [`Store::create`].

@@ -5,6 +5,7 @@ pub mod client;
 pub mod control;
 pub mod cow;
 pub mod disks;
+pub mod dm;
 pub mod io;
 mod law;
 pub mod names;

@@ -7,7 +7,9 @@
 //! root's volume asks of its origin is done on the physical disk. What any other
 //! volume asks of its origin becomes a request to the volume below it, for the
 //! snapshot that is its origin; the reply becomes the end of the operation. What a
-//! volume asks of a store is done on that store. This is how device-mapper stacks
+//! volume asks of a store is done on that store. (While nobody has taken a snapshot
+//! of a snapshot, what its clients ask goes past its own level, which would only pass
+//! it on.) This is how device-mapper stacks
 //! a `snapshot-origin` over a `snapshot`, so each store is in the kernel's layout,
 //! and stacked in the same order it reads the same there.
 //!
@@ -106,6 +108,8 @@ struct Level {
     is_touched: bool,
     /// It may have operations to hand out.
     is_runnable: bool,
+    /// Changes of its view that go past it and are under way in the level below.
+    past_it: u64,
     /// Levels right above it that have not come where [`Course`] leads.
     waits_for: usize,
     /// It has come there.
@@ -146,6 +150,8 @@ enum Standing {
 enum Asker {
     /// A client.
     Client(RequestId),
+    /// A client, past this level, whose view it changes.
+    PastLevel(LevelKey, RequestId),
     /// The level above, by an operation on its origin.
     Level(LevelKey, OpId),
 }
@@ -245,11 +251,33 @@ impl Tree {
         let Some(key) = self.level_of(view) else {
             return self.reply(id, Err(Failure::NoSuchView));
         };
-        if view != View::Origin && self.wants_fast_zeroes(key, &command) {
-            // To its level it would look as if no store were in the way.
-            return self.reply(id, Err(Failure::NotSupported));
+        match self.levels[key].below {
+            Some(below) if self.levels[key].volume.is_bare() => {
+                self.ask_past(key, below, id, command);
+            }
+            Some(_) if self.wants_fast_zeroes(key, &command) => {
+                // To its level it would look as if no store were in the way.
+                self.reply(id, Err(Failure::NotSupported));
+            }
+            _ => self.ask(key, View::Origin, command, Asker::Client(id)),
         }
-        self.ask(key, View::Origin, command, Asker::Client(id));
+    }
+
+    /// A level without snapshots has nothing to add to a request for its view: it
+    /// goes straight to the level below. An instant of the view waits for changes
+    /// that go this way.
+    fn ask_past(&mut self, key: LevelKey, below: Below, id: RequestId, command: Command) {
+        let changes = !matches!(command, Command::Read { .. } | Command::Flush);
+        let asker = if changes {
+            let level = &mut self.levels[key];
+            level.past_it += 1;
+            level.volume.change_begins_elsewhere();
+            Asker::PastLevel(key, id)
+        } else {
+            Asker::Client(id)
+        };
+        let view = View::Snapshot(below.snapshot);
+        self.ask(below.level, view, command, asker);
     }
 
     fn wants_fast_zeroes(&self, key: LevelKey, command: &Command) -> bool {
@@ -328,6 +356,7 @@ impl Tree {
             is_orphan: false,
             is_touched: false,
             is_runnable: false,
+            past_it: 0,
             waits_for: 0,
             // It has nothing to end.
             has_arrived: true,

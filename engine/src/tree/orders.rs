@@ -199,6 +199,20 @@ impl Tree {
         self.levels[self.level_of(of)?].volume.merge_progress()
     }
 
+    /// How far the merge of a snapshot into its origin has come, if it has begun.
+    pub fn merge_of(&self, id: SnapshotId) -> Option<MergeProgress> {
+        self.origin_level(id)?
+            .volume
+            .merge_progress()
+            .filter(|_| self.is_merging(id))
+    }
+
+    /// A snapshot's merge into its origin has been ordered or is under way.
+    pub fn is_merging(&self, id: SnapshotId) -> bool {
+        self.origin_level(id)
+            .is_some_and(|level| level.volume.merging() == Some(id))
+    }
+
     /// The snapshot whose merge into a view has been ordered or is under way.
     pub fn merging(&self, of: View) -> Option<SnapshotId> {
         self.levels[self.level_of(of)?].volume.merging()
@@ -265,14 +279,8 @@ impl Tree {
     fn may_be_taken(&mut self, of: View) -> Result<LevelKey, TakeError> {
         self.settle();
         let key = self.level_of(of).ok_or(TakeError::NoSuchView)?;
-        let merges_away = |view| {
-            let View::Snapshot(id) = view else {
-                return false;
-            };
-            let level = self.origin_level(id);
-            level.is_some_and(|level| level.volume.merging() == Some(id))
-        };
-        if self.levels[key].volume.merging().is_some() || merges_away(of) {
+        let merges_away = matches!(of, View::Snapshot(id) if self.is_merging(id));
+        if self.levels[key].volume.merging().is_some() || merges_away {
             return Err(TakeError::Merging);
         }
         if self.course.ends() {

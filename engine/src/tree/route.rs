@@ -144,6 +144,13 @@ impl Tree {
     fn on_reply(&mut self, reply: Reply) {
         match self.asked.remove(reply.id.0 as usize) {
             Asker::Client(id) => self.reply(id, reply.result),
+            Asker::PastLevel(key, id) => {
+                let level = &mut self.levels[key];
+                level.past_it -= 1;
+                level.volume.change_ended_elsewhere();
+                self.touch(key);
+                self.reply(id, reply.result);
+            }
             Asker::Level(key, op) => {
                 let outcome = reply.result.map(join).map_err(|failure| match failure {
                     Failure::NoSpace => DiskError::NoSpace,
@@ -208,7 +215,8 @@ impl Tree {
 
     fn let_orphan_go(&mut self, key: LevelKey) {
         let level = &self.levels[key];
-        if level.is_orphan && !level.is_touched && !level.is_runnable && level.volume.is_idle() {
+        let has_work = level.is_touched || level.is_runnable || level.past_it > 0;
+        if level.is_orphan && !has_work && level.volume.is_idle() {
             self.arrived(key, true);
             self.levels.remove(key);
         }

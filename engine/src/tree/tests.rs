@@ -407,6 +407,32 @@ fn a_suspended_tree_lets_nothing_through_and_closes_from_there() {
     assert_eq!(rig.ask(leaf, Command::Flush), Err(Failure::ShuttingDown));
 }
 
+/// A write to a snapshot that has none itself goes past its level: an instant that is
+/// taken while the tree stands still waits for it all the same.
+#[test]
+fn a_write_under_way_is_waited_for_by_a_standstill() {
+    let mut rig = disk(1);
+    let inner = rig.snapshot(View::Origin, 40);
+    let asked = rig.hand_in(inner, write(2, 9));
+    let op = rig.tree.poll_disk_op().expect("the write begins");
+    rig.tree.suspend();
+    let (new, memory) = store(40);
+    let leaf = rig.tree.create_snapshot(inner, new).unwrap();
+    rig.devices.insert(Device::Cow(leaf), memory);
+    rig.run();
+    assert_eq!(rig.tree.poll_reply(), None);
+    assert!(!rig.events.contains(&Event::Suspended(true)));
+    rig.perform(&op);
+    rig.run();
+    assert_eq!(rig.tree.poll_reply().map(|reply| reply.id), Some(asked));
+    assert!(rig.events.contains(&Event::Created(leaf)));
+    assert_eq!(rig.events.last(), Some(&Event::Suspended(true)));
+    rig.tree.resume();
+    rig.write(inner, 2, 8).unwrap();
+    let shown = [inner, View::Snapshot(leaf)].map(|view| rig.show(view)[2]);
+    assert_eq!(shown, [8, 9]);
+}
+
 #[test]
 fn zeroes_that_have_to_be_fast_are_refused_by_every_snapshot() {
     let mut rig = disk(1);

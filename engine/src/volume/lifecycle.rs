@@ -64,6 +64,32 @@ impl Volume {
         self.next_snapshot = number;
     }
 
+    /// Nothing stands on the origin, is to, or is asked of it here: a request for it
+    /// can as well be made around this volume, told of by
+    /// [`Volume::change_begins_elsewhere`] if it changes the origin (`tree`).
+    pub(crate) fn is_bare(&self) -> bool {
+        self.snapshots.is_empty()
+            && self.requests.is_empty()
+            && self.instants.is_empty()
+            && self.queued.is_empty()
+            && self.merging().is_none()
+            && self.is_open()
+    }
+
+    /// A change of the origin that this volume does not perform is under way: instants
+    /// wait for its end, and so do a suspension and a close.
+    pub(crate) fn change_begins_elsewhere(&mut self) {
+        self.origin_mutations += 1;
+        self.elsewhere += 1;
+    }
+
+    /// It has ended.
+    pub(crate) fn change_ended_elsewhere(&mut self) {
+        self.origin_mutations -= 1;
+        self.elsewhere -= 1;
+        self.origin_changes += 1;
+    }
+
     pub(super) fn new_snapshot_id(&mut self) -> SnapshotId {
         let id = SnapshotId(self.next_snapshot);
         self.next_snapshot += 1;
@@ -116,6 +142,7 @@ impl Volume {
         let settled = |s: &Snapshot| s.commit.as_ref().is_none_or(Commit::is_settled);
         self.requests.is_empty()
             && self.in_flight.is_empty()
+            && self.elsewhere == 0
             && self.jobs.is_empty()
             && self.instants.is_empty()
             && self.removals.is_empty()

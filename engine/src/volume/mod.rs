@@ -222,6 +222,8 @@ pub struct Volume {
     origin_reads: Ranges,
     /// Mutations that have begun to change the origin and have not ended.
     origin_mutations: u64,
+    /// Of these, those that this volume does not perform (`tree`).
+    elsewhere: u64,
     /// Counts changes of the origin: equal numbers mean that nothing changed.
     origin_changes: u64,
     origin_flush: Lane,
@@ -277,6 +279,7 @@ impl Volume {
             origin_writes: Ranges::default(),
             origin_reads: Ranges::default(),
             origin_mutations: 0,
+            elsewhere: 0,
             origin_changes: 0,
             origin_flush: Lane::default(),
             listed: VecDeque::new(),

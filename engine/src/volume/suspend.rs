@@ -98,6 +98,7 @@ impl Volume {
     fn is_quiet(&self) -> bool {
         let settled = |commit: Option<&Commit>| commit.is_none_or(Commit::is_settled);
         self.runnable.is_empty()
+            && self.elsewhere == 0
             && self.merge_is_quiet()
             && !self.snapshots.iter().any(Snapshot::waits_for_mark)
             && self.snapshots.iter().all(|s| settled(s.commit.as_ref()))

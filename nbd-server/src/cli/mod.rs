@@ -6,6 +6,7 @@
 mod clients;
 mod cow;
 mod demo;
+mod dm;
 mod events;
 mod freeze;
 mod listen;
@@ -56,6 +57,7 @@ enum Verb {
     Clients(clients::ClientsArgs),
     Disconnect(clients::DisconnectArgs),
     Events(events::EventsArgs),
+    Dm(dm::DmArgs),
     Cow(cow::CowArgs),
     Completions(pages::CompletionsArgs),
     Man(pages::ManArgs),
@@ -121,6 +123,7 @@ pub fn main() -> ExitCode {
         Verb::Clients(args) => ("clients", clients::list(&args)),
         Verb::Disconnect(args) => ("disconnect", clients::disconnect(&args)),
         Verb::Events(args) => ("events", events::run(&args)),
+        Verb::Dm(args) => ("dm", dm::run(args, cli.verbosity.verbose)),
         Verb::Cow(args) => ("cow", cow::run(args, cli.verbosity.quiet)),
         Verb::Completions(args) => ("completions", pages::completions(&args)),
         Verb::Man(args) => ("man", pages::man(&args)),

@@ -13,20 +13,16 @@ use crate::control::client::ControlClient;
 use crate::control::protocol::{Answer, Growth, Order, SnapshotName, StoreLimit, WhenFull};
 use crate::names;
 
-/// Options of every verb that gives an order.
+/// Which server an order goes to.
 #[derive(Clone, Debug, Args)]
-pub(super) struct ToServer {
+pub(super) struct ServerAt {
     /// The server's control socket; by default where 'serve --control' puts it:
     /// nbdsnap.control in XDG_RUNTIME_DIR, or in /run for root.
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, global = true, display_order = 800)]
     control: Option<PathBuf>,
-
-    /// Print JSON instead of a table.
-    #[arg(long, global = true, display_order = 801)]
-    pub(super) json: bool,
 }
 
-impl ToServer {
+impl ServerAt {
     /// A connection to the server.
     pub(super) fn connect(&self) -> Result<ControlClient, Failure> {
         let path = match &self.control {
@@ -39,6 +35,24 @@ impl ToServer {
             })?,
         };
         ControlClient::connect(&path).map_err(Failure::refused)
+    }
+}
+
+/// Options of every verb that gives an order.
+#[derive(Clone, Debug, Args)]
+pub(super) struct ToServer {
+    #[command(flatten)]
+    at: ServerAt,
+
+    /// Print JSON instead of a table.
+    #[arg(long, global = true, display_order = 801)]
+    pub(super) json: bool,
+}
+
+impl ToServer {
+    /// A connection to the server.
+    pub(super) fn connect(&self) -> Result<ControlClient, Failure> {
+        self.at.connect()
     }
 
     /// Give one order.

@@ -10,10 +10,12 @@
 //! and the connection ends.
 //!
 //! - [`protocol`]: the words. They are also what `--json` prints.
+//! - [`dm`]: those of mapped devices, in the device-mapper's terms.
 //! - [`door`]: the server's end; hands orders to the administrator.
 //! - [`client`]: a blocking client, for the command line.
 
 pub mod client;
+pub mod dm;
 pub mod door;
 pub mod protocol;
 mod reports;

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use nbdsnap_engine::{OnFull, StoreKind};
 use serde::{Deserialize, Serialize};
 
+use super::dm::DmOrder;
 pub use super::reports::*;
 
 /// Of these words.
@@ -90,6 +91,8 @@ pub enum Order {
     /// Tell what has happened. Answer: [`Answer::Events`]; when following, one
     /// such answer after the other.
     Events(EventsWanted),
+    /// Something to do with mapped devices. Answer: [`Answer::Dm`].
+    Dm(DmOrder),
 }
 
 /// Roll a disk back to a snapshot: from the first instant the disk reads as the

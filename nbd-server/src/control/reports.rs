@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::dm::DmAnswer;
 use super::protocol::{Kind, WhenFull};
 
 /// What an order brought.
@@ -19,6 +20,8 @@ pub enum Answer {
     Clients(Vec<ClientReport>),
     /// Events, in the order in which they came.
     Events(Vec<EventReport>),
+    /// What the device-mapper answers.
+    Dm(DmAnswer),
 }
 
 /// A snapshot, and how it is doing.

@@ -55,6 +55,8 @@ pub(super) enum Role {
     SharedOrigin(String),
     /// The COW store of `volume@snapshot`.
     Cow(String),
+    /// A disk that tables of mapped devices name, by its number there.
+    Mapped(u32),
 }
 
 impl std::fmt::Display for Role {
@@ -64,6 +66,7 @@ impl std::fmt::Display for Role {
                 write!(f, "the origin of {volume}")
             }
             Self::Cow(snapshot) => write!(f, "the COW store of {snapshot}"),
+            Self::Mapped(_) => write!(f, "a disk under mapped devices"),
         }
     }
 }
@@ -121,11 +124,40 @@ impl Taken {
         self.files.retain(|(_, other, _)| other != role);
     }
 
+    /// The number of a disk under mapped devices.
+    pub fn mapped_disk(&self, meta: &Metadata) -> Option<u32> {
+        let identity = Identity::of(meta);
+        self.files.iter().find_map(|(known, role, _)| match role {
+            Role::Mapped(number) if *known == identity => Some(*number),
+            _ => None,
+        })
+    }
+
+    /// Refused if a file is used for something.
+    pub fn check_free(&mut self, meta: &Metadata, path: &Path) -> Result<(), Refusal> {
+        let mark = self.mark();
+        self.take(Identity::of(meta), Role::Mapped(u32::MAX), path)?;
+        self.back_to(mark);
+        Ok(())
+    }
+
+    /// A file that is free is used as a disk under mapped devices.
+    pub fn take_mapped(&mut self, meta: &Metadata, number: u32, path: &Path) {
+        let role = Role::Mapped(number);
+        self.files.push((Identity::of(meta), role, path.to_owned()));
+    }
+
+    /// It is not used any more.
+    pub fn give_back_mapped(&mut self, number: u32) {
+        self.give_back(&Role::Mapped(number));
+    }
+
     /// Nothing of a volume is used any more: neither its disk nor its stores.
     pub fn give_back_volume(&mut self, volume: &str) {
         self.files.retain(|(_, role, _)| match role {
             Role::Origin(name) | Role::SharedOrigin(name) => name != volume,
             Role::Cow(export) => export.split('@').next() != Some(volume),
+            Role::Mapped(_) => true,
         });
     }
 

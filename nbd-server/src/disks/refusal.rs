@@ -29,6 +29,12 @@ impl Refusal {
         }
     }
 
+    /// Somebody else uses it.
+    pub(crate) fn is_busy(&self) -> bool {
+        let cause = &self.cause;
+        matches!(cause, Cause::Busy | Cause::Locked | Cause::Twice { .. })
+    }
+
     /// Something that was done to `path` failed in the operating system.
     pub(crate) fn io(path: &Path, doing: &'static str, error: &io::Error) -> Self {
         let errno = Errno::from_io_error(error);

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use nbdsnap_engine::View;
 
 use super::VolumeId;
+use super::mapped::MAPPED;
 use super::connection::{Connection, Traffic};
 use super::hosted::{NotMerged, VolumeOrder};
 use super::news::{News, What};
@@ -151,10 +152,13 @@ impl Worker {
 
     /// Tell that a client has come, or gone.
     pub(super) fn tell_of(&self, connection: &Connection, came: bool) {
-        let Some(hosted) = self.volumes.get(&connection.volume) else {
-            return;
+        let (volume_name, snapshot) = match connection.volume {
+            MAPPED => (self.mapped.name_of(connection.view), None),
+            volume => match self.volumes.get(&volume) {
+                Some(hosted) => hosted.names(connection.view),
+                None => return,
+            },
         };
-        let (volume_name, snapshot) = hosted.names(connection.view);
         let (id, peer) = (connection.id, connection.peer.clone());
         let what = if came {
             let view = connection.view;

@@ -22,6 +22,7 @@ pub mod file;
 mod helpers;
 mod hosted;
 mod mailbox;
+mod mapped;
 mod news;
 mod pace;
 mod poller;
@@ -35,6 +36,7 @@ pub use hosted::{
     AutoExtend, HostedStatus, NewDisk, NewSnapshot, NewVolume, NotHeld, NotMerged, Settings, Views,
     VolumeOrder,
 };
+pub use mapped::{Answered, MAPPED, MAPPED_SHARD, Mapped, view_of};
 pub use news::{Herald, Loss, News, What};
 pub use shard::{NewConnection, Shard};
 

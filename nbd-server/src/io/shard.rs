@@ -20,6 +20,7 @@ use super::connection::Connection;
 use super::helpers::Helpers;
 use super::hosted::{Hosted, HostedStatus, NewVolume, Views, VolumeOrder};
 use super::mailbox::Mailbox;
+use super::mapped::{MAPPED, Mapped, MappedCall};
 use super::news::{Herald, Loss};
 use super::pace::Sleeps;
 use super::poller::{EventFlags, Patience, Poller, Ready};
@@ -75,6 +76,8 @@ pub(super) enum Message {
     Ask(std::sync::mpsc::Sender<Vec<HostedStatus>>),
     /// Something that one volume shall do.
     Order(VolumeId, VolumeOrder),
+    /// Something that shall be done with the mapped devices.
+    Mapped(MappedCall),
     /// Who is there?
     Census(std::sync::mpsc::Sender<Vec<ClientStatus>>),
     /// Part with the client of this id; false: it is not here.
@@ -167,6 +170,7 @@ impl Shard {
                 touched: Vec::new(),
             },
             volumes: BTreeMap::new(),
+            mapped: Mapped::new(),
             departing: BTreeMap::new(),
             touched_volumes: Vec::new(),
             held: Vec::new(),
@@ -200,6 +204,12 @@ impl Shard {
     /// the channel close if the volume is not there.
     pub fn order(&self, volume: VolumeId, order: VolumeOrder) {
         self.mail.post(Message::Order(volume, order));
+    }
+
+    /// Have something done with the mapped devices, on their thread
+    /// ([`super::MAPPED_SHARD`]), between two turns of requests.
+    pub fn with_mapped(&self, call: impl FnOnce(&mut Mapped) + Send + 'static) {
+        self.mail.post(Message::Mapped(MappedCall(Box::new(call))));
     }
 
     /// Ask who is attached to its volumes.
@@ -245,12 +255,19 @@ enum Stage {
     Parting { until: Instant },
 }
 
+/// Where a client's requests go.
+enum Home<'a> {
+    Volume(&'a mut Hosted),
+    Mapped(&'a mut Mapped),
+}
+
 /// The thread's own side.
 pub(super) struct Worker {
     poller: Poller,
     pub(super) outside: Outside,
     pub(super) clients: Clients,
     pub(super) volumes: BTreeMap<VolumeId, Hosted>,
+    pub(super) mapped: Mapped,
     /// Those that are closing in order to leave, and whom to tell.
     pub(super) departing: BTreeMap<VolumeId, std::sync::mpsc::Sender<bool>>,
     /// Volumes that were given something to do in this turn.
@@ -309,7 +326,10 @@ impl Worker {
                     op,
                     outcome,
                 } => {
-                    if let Some(hosted) = self.volumes.get_mut(&volume) {
+                    if volume == MAPPED {
+                        self.mapped.handle_completion(op, outcome);
+                        self.touch_volume(volume);
+                    } else if let Some(hosted) = self.volumes.get_mut(&volume) {
                         hosted.handle_completion(op, outcome);
                         self.touch_volume(volume);
                     }
@@ -334,6 +354,10 @@ impl Worker {
                     let _ = report.send(statuses);
                 }
                 Message::Order(volume, order) => self.execute(volume, order),
+                Message::Mapped(MappedCall(call)) => {
+                    call(&mut self.mapped);
+                    self.touch_volume(MAPPED);
+                }
                 Message::Census(report) => {
                     let _ = report.send(self.census());
                 }
@@ -353,7 +377,11 @@ impl Worker {
 
     fn attach(&mut self, new: NewConnection) {
         let there = |hosted: &Hosted| hosted.has_view(new.view);
-        if !self.volumes.get(&new.volume).is_some_and(there) {
+        let is_there = match new.volume {
+            MAPPED => self.mapped.attach(new.view),
+            volume => self.volumes.get(&volume).is_some_and(there),
+        };
+        if !is_there {
             // The volume or the snapshot has left between the handshake and now.
             return;
         }
@@ -395,11 +423,14 @@ impl Worker {
         let Some(connection) = self.clients.table.get_mut(key) else {
             return;
         };
-        let hosted = self
-            .volumes
-            .get_mut(&connection.volume)
-            .expect("clients leave before their volume");
         let volume = connection.volume;
+        let mut home = match volume {
+            MAPPED => Home::Mapped(&mut self.mapped),
+            volume => {
+                let hosted = self.volumes.get_mut(&volume);
+                Home::Volume(hosted.expect("clients leave before their volume"))
+            }
+        };
         if connection.is_held && connection.has_gone() {
             // Others may have written the same places since; nobody was told that
             // these requests were done.
@@ -420,7 +451,12 @@ impl Worker {
                 Ok(Some(Item::Call { cookie, call })) => {
                     budget = budget.saturating_sub(call.reply_bytes());
                     connection.count(&call);
-                    hosted.start(key, connection, cookie, call, &mut self.outside);
+                    match &mut home {
+                        Home::Volume(hosted) => {
+                            hosted.start(key, connection, cookie, call, &mut self.outside);
+                        }
+                        Home::Mapped(mapped) => mapped.start(key, connection, cookie, call),
+                    }
                 }
                 Ok(Some(Item::Refused { cookie, refusal })) => {
                     let structured = connection.terms.structured;
@@ -443,6 +479,12 @@ impl Worker {
 
     fn pump_volumes(&mut self) {
         for id in std::mem::take(&mut self.touched_volumes) {
+            if id == MAPPED {
+                if self.mapped.pump(&mut self.clients, &mut self.outside) {
+                    self.touch_volume(id);
+                }
+                continue;
+            }
             let Some(hosted) = self.volumes.get_mut(&id) else {
                 continue;
             };
@@ -489,6 +531,10 @@ impl Worker {
     /// Forget the connection; its requests run to their end without it.
     pub(super) fn part_with(&mut self, key: Key) {
         if let Some(connection) = self.clients.table.remove(key) {
+            if connection.volume == MAPPED {
+                self.mapped.detach(connection.view);
+                self.touch_volume(MAPPED);
+            }
             tracing::debug!(peer = connection.peer, "client has gone");
             self.tell_of(&connection, false);
         }
@@ -501,12 +547,15 @@ impl Worker {
                 hosted.close();
                 self.touched_volumes.push(*id);
             }
+            self.mapped.close();
+            self.touch_volume(MAPPED);
         }
     }
 
     /// Go on with closing; at the end, say whether everything is durable.
     fn advance_stage(&mut self) -> Option<bool> {
         if let Stage::Closing { patience } = self.stage
+            && self.mapped.closed().is_some()
             && self
                 .volumes
                 .values()
@@ -529,10 +578,8 @@ impl Worker {
         if !self.clients.table.is_empty() && Instant::now() < until {
             return None;
         }
-        Some(
-            self.volumes
-                .values()
-                .all(|hosted| hosted.closed() == Some(true)),
-        )
+        let volumes = self.volumes.values();
+        let all = volumes.map(Hosted::closed).chain([self.mapped.closed()]);
+        Some(all.into_iter().all(|closed| closed == Some(true)))
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use nbdsnap_engine::dm::DeviceInfo;
 use nbdsnap_engine::{SnapshotId, StoreKind, View};
 
 use super::directory::{Exports, Route};
@@ -13,7 +14,7 @@ use super::setup::{Defaults, OpenSnapshot};
 use crate::cli::size;
 pub(super) use crate::disks::now;
 use crate::disks::{Merging, Origin, Scratch};
-use crate::io::{VolumeAccess, VolumeId};
+use crate::io::{MAPPED, MAPPED_SHARD, VolumeAccess, VolumeId, view_of};
 use crate::names;
 use crate::nbd::export::{BlockSize, Catalog, CatalogError, Export, transmission_flags};
 use crate::state::files::{Files, SystemFiles};
@@ -24,6 +25,22 @@ use crate::state::record::{IntentFile, SnapshotRecord, VolumeRecord};
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     pub(super) volumes: Vec<VolumeEntry>,
+    /// Devices that have a table.
+    pub(super) mapped: MappedEntries,
+}
+
+/// The mapped devices, as of some moment.
+#[derive(Debug, Default)]
+pub(super) struct MappedEntries {
+    /// Of two looks at them the later one has the larger number.
+    pub(super) number: u64,
+    pub(super) devices: Vec<DeviceInfo>,
+}
+
+impl MappedEntries {
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.devices.iter().any(|device| device.name == name)
+    }
 }
 
 /// A volume that is served.
@@ -341,6 +358,16 @@ impl VolumeEntry {
     }
 }
 
+fn mapped_export(device: &DeviceInfo) -> Export {
+    Export {
+        name: device.name.clone(),
+        description: "mapped device".into(),
+        size: device.bytes,
+        flags: transmission_flags(device.read_only, false),
+        block_size: BlockSize::for_chunk(0),
+    }
+}
+
 impl Registry {
     pub(super) fn volume(&self, name: &str) -> Option<&VolumeEntry> {
         self.volumes.iter().find(|entry| entry.name == name)
@@ -348,6 +375,15 @@ impl Registry {
 
     pub(super) fn volume_mut(&mut self, name: &str) -> Option<&mut VolumeEntry> {
         self.volumes.iter_mut().find(|entry| entry.name == name)
+    }
+
+    /// Whether a volume or a snapshot has this export.
+    pub(super) fn is_served(&self, export: &str) -> bool {
+        self.volumes.iter().any(|volume| {
+            let mut snapshots = volume.snapshots.iter();
+            volume.name == export
+                || snapshots.any(|one| names::export(&volume.name, &one.name) == export)
+        })
     }
 
     /// What clients see: for each volume the export `NAME`, then `NAME@SNAPSHOT`
@@ -372,6 +408,18 @@ impl Registry {
             }
         }
         let default = (self.volumes.len() == 1).then_some(0);
+        for device in self.mapped.devices.iter().filter(|device| device.live_table) {
+            if exports.iter().any(|export| export.name == device.name) {
+                continue;
+            }
+            exports.push(mapped_export(device));
+            routes.push(Route {
+                shard: MAPPED_SHARD,
+                volume: MAPPED,
+                view: view_of(device.id),
+                read_only: device.read_only,
+            });
+        }
         Ok(Exports::new(Catalog::new(exports, default)?, routes))
     }
 }

@@ -109,6 +109,8 @@ pub(crate) struct Merge {
     lane: Lane,
     /// The store was written in place since its last flush began.
     dirty: bool,
+    /// It goes, as it is, when it rests: [`Volume::let_merge_go`].
+    is_leaving: bool,
 }
 
 /// What a store brings with it into its merge.
@@ -147,7 +149,13 @@ impl Merge {
             lane: Lane::default(),
             // It was flushed when it was opened, or just before the merge began.
             dirty: false,
+            is_leaving: false,
         }
+    }
+
+    /// No step is under way, and nobody reads, writes or flushes the store.
+    fn is_quiet(&self) -> bool {
+        self.rests() && self.reads == 0 && self.writes.is_empty() && self.is_flushed()
     }
 
     /// How much of it is done, in percent, if that is a tenth more than was said last.
@@ -212,6 +220,16 @@ impl Volume {
         self.merge_begins.is_none() && self.merge.as_ref().is_none_or(Merge::rests)
     }
 
+    /// Give up a merge that has begun, and leave the origin and the store as they are:
+    /// the chunks that are still in the store are the origin's no more. Once no step
+    /// is under way and nobody reads or writes the store any more,
+    /// [`Event::Removed`]; what was written to it in place may be volatile.
+    pub fn let_merge_go(&mut self, id: SnapshotId) {
+        if let Some(merge) = self.merge.as_mut().filter(|merge| merge.id == id) {
+            merge.is_leaving = true;
+        }
+    }
+
     /// Copy `bytes` in a step instead of 4 MiB: simulated disks are smaller than that.
     pub fn set_merge_step(&mut self, bytes: u64) {
         assert!(bytes > 0);
@@ -236,7 +254,8 @@ impl Volume {
 
     /// Steps of a merge may begin, and be prepared.
     fn may_step(&self) -> bool {
-        !self.merge_suspended && self.is_open()
+        let leaves = self.merge.as_ref().is_some_and(|merge| merge.is_leaving);
+        !self.merge_suspended && !leaves && self.is_open()
     }
 
     /// Looked at whenever the volume comes to rest.
@@ -252,6 +271,11 @@ impl Volume {
         let Some(merge) = &self.merge else {
             return;
         };
+        if merge.is_leaving && merge.is_quiet() {
+            let id = merge.id;
+            self.merge = None;
+            return self.events.push_back(Event::Removed(id));
+        }
         match merge.stage {
             Stage::Resting if merge.unwind.left() == 0 => self.end_merge(),
             Stage::Resting if may_step && merge.lane.has_failed() => {
@@ -271,7 +295,7 @@ impl Volume {
         let Some(merge) = &self.merge else {
             return;
         };
-        if merge.reads == 0 && merge.writes.is_empty() && merge.is_flushed() {
+        if merge.is_quiet() {
             let id = merge.id;
             self.merge = None;
             self.events.push_back(Event::Merged(id));

@@ -1,4 +1,4 @@
-//! A volume at home on a shard: the engine's state machine, the disks under it
+//! A volume at home on a shard: the engine's tree of snapshots, the disks under it
 //! and the requests of its clients that are under way.
 //!
 //! [`Hosted::start`] takes a request, answers it at once where that is
@@ -17,7 +17,7 @@ use std::sync::mpsc::Sender;
 use bytes::Bytes;
 use nbdsnap_engine::{
     Command, Device, Extent, Failure, MergeProgress, Now, OpId, Outcome, Reply, Request, RequestId,
-    SnapshotId, SnapshotInfo, Status, Store, View, Volume, VolumeConfig,
+    SnapshotId, SnapshotInfo, Status, Store, Tree, View, VolumeConfig,
 };
 
 use crate::io::connection::Connection;
@@ -31,6 +31,8 @@ use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
 use orders::Hold;
+pub(super) use questions::answer_status;
+
 pub use orders::{AutoExtend, NotHeld, NotMerged, Settings, VolumeOrder};
 
 /// Operations performed for one volume before others have their turn.
@@ -102,16 +104,16 @@ pub struct HostedStatus {
 
 /// A request that the engine or a helper has.
 #[derive(Debug)]
-struct Waiting {
-    connection: Key,
-    cookie: u64,
+pub(super) struct Waiting {
+    pub(super) connection: Key,
+    pub(super) cookie: u64,
     /// Counted against the connection's bound.
-    bytes: usize,
-    kind: Kind,
+    pub(super) bytes: usize,
+    pub(super) kind: Kind,
 }
 
 #[derive(Debug)]
-enum Kind {
+pub(super) enum Kind {
     /// The reply brings these bytes.
     Read {
         offset: u64,
@@ -160,7 +162,7 @@ struct Arrival {
 pub(super) struct Hosted {
     id: VolumeId,
     name: String,
-    volume: Volume,
+    tree: Tree,
     origin: LocalDisk,
     stores: BTreeMap<SnapshotId, HostedStore>,
     waiting: Table<Waiting>,
@@ -202,7 +204,7 @@ impl Hosted {
                 },
             })
         };
-        let mut volume = law::new_volume(new.config);
+        let mut tree = law::new_tree(new.config);
         let mut stores = BTreeMap::new();
         let mut views = vec![None; new.snapshots.len()];
         let mut missing = Vec::new();
@@ -214,13 +216,14 @@ impl Hosted {
             .partition(|(_, snapshot)| snapshot.fresh);
         for (place, snapshot) in old.into_iter().chain(fresh) {
             let id = if snapshot.fresh {
-                let id = volume.create_snapshot(snapshot.store);
+                let id = tree.create_snapshot(View::Origin, snapshot.store);
+                let id = id.expect("a volume whose disk is being merged comes without new ones");
                 missing.push(id);
                 id
             } else if snapshot.merging {
-                volume.attach_merging(snapshot.store)
+                tree.attach_merging(View::Origin, snapshot.store)
             } else {
-                volume.attach_snapshot(snapshot.store)
+                tree.attach_snapshot(View::Origin, snapshot.store)
             };
             views[place] = Some(View::Snapshot(id));
             let disk = local(snapshot.disk.file, Medium::Store);
@@ -232,7 +235,7 @@ impl Hosted {
         let mut hosted = Self {
             id: new.id,
             name: new.name,
-            volume,
+            tree,
             origin: local(new.disk.file, medium),
             stores,
             waiting: Table::new(),
@@ -260,7 +263,7 @@ impl Hosted {
     pub(super) fn close(&mut self) {
         if self.state == State::Serving {
             self.state = State::Closing;
-            self.volume.close();
+            self.tree.close();
         }
     }
 
@@ -367,7 +370,7 @@ impl Hosted {
         self.extents.clear();
         let len = u64::from(of.len);
         let now = self
-            .volume
+            .tree
             .read_now(connection.view, of.offset, len, &mut self.extents);
         if now == Now::Queue {
             return false;
@@ -424,7 +427,7 @@ impl Hosted {
         }
         self.extents.clear();
         let now = self
-            .volume
+            .tree
             .write_now(connection.view, offset, len, &mut self.extents);
         if now == Now::Queue {
             return false;
@@ -465,7 +468,7 @@ impl Hosted {
             bytes,
             kind,
         });
-        self.volume.handle_request(Request {
+        self.tree.handle_request(Request {
             id: RequestId(id.to_u64()),
             view: connection.view,
             command,
@@ -474,17 +477,17 @@ impl Hosted {
 
     /// A helper has performed an operation.
     pub(super) fn handle_completion(&mut self, op: OpId, outcome: Outcome) {
-        self.volume.handle_completion(op, outcome);
+        self.tree.handle_completion(op, outcome);
     }
 
     /// Perform what the engine wants done, answer what it has finished. True if
     /// there is more to do at once than one turn allows.
     pub(super) fn pump(&mut self, clients: &mut Clients, outside: &mut Outside) -> bool {
         let more = self.perform_ops(outside);
-        while let Some(reply) = self.volume.poll_reply() {
+        while let Some(reply) = self.tree.poll_reply() {
             self.handle_reply(reply, clients);
         }
-        while let Some(event) = self.volume.poll_event() {
+        while let Some(event) = self.tree.poll_event() {
             self.handle_event(&event, outside);
         }
         if !self.auto_extends.is_empty() {
@@ -496,12 +499,12 @@ impl Hosted {
 
     fn perform_ops(&mut self, outside: &mut Outside) -> bool {
         for _ in 0..TURN_OPS {
-            let Some(op) = self.volume.poll_disk_op() else {
+            let Some(op) = self.tree.poll_disk_op() else {
                 return false;
             };
             let local = local_disk(&mut self.origin, &mut self.stores, op.device);
             if let Some(outcome) = local.perform_now(&op.action, &mut outside.sleeps) {
-                self.volume.handle_completion(op.id, outcome);
+                self.tree.handle_completion(op.id, outcome);
                 continue;
             }
             let disk = Arc::clone(&local.disk);
@@ -541,13 +544,13 @@ fn local_disk<'a>(
     }
 }
 
-fn refuse(connection: &mut Connection, cookie: u64, refusal: Refusal) {
+pub(super) fn refuse(connection: &mut Connection, cookie: u64, refusal: Refusal) {
     let structured = connection.terms.structured;
     reply::refused(&mut connection.outbox, structured, cookie, refusal);
 }
 
 /// Answer a request that was under way, if its client is still there.
-fn answer(clients: &mut Clients, waiting: &Waiting, result: Result<Vec<Bytes>, Failure>) {
+pub(super) fn answer(clients: &mut Clients, waiting: &Waiting, result: Result<Vec<Bytes>, Failure>) {
     let Some(connection) = clients.get(waiting.connection) else {
         return;
     };

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::sync::mpsc::Sender;
 
-use nbdsnap_engine::{InstantId, MergeError, OnFull, SnapshotId, View};
+use nbdsnap_engine::{InstantId, NodeMergeError, OnFull, SnapshotId, TakeError, View};
 use nbdsnap_format::SECTOR_BYTES;
 
 use super::{Hosted, HostedStore, NewSnapshot, State};
@@ -140,6 +140,17 @@ pub enum NotHeld {
     FlushFailed,
     /// The volume takes no more requests.
     Closing,
+    /// The view is being merged, or has gone.
+    NotThere,
+}
+
+impl From<TakeError> for NotHeld {
+    fn from(refused: TakeError) -> Self {
+        match refused {
+            TakeError::NoSuchView | TakeError::Merging => Self::NotThere,
+            TakeError::Closing => Self::Closing,
+        }
+    }
 }
 
 /// Why a merge does not begin.
@@ -148,7 +159,7 @@ pub enum NotMerged {
     /// So many clients are attached to the origin.
     InUse(u64),
     /// The engine's word.
-    Refused(MergeError),
+    Refused(NodeMergeError),
     /// It was begun, and an operation failed.
     Failed(&'static str),
 }
@@ -168,24 +179,31 @@ impl Hosted {
             VolumeOrder::Hold { snapshots, held } => self.hold(snapshots, held),
             VolumeOrder::Take { taken } => {
                 let hold = self.hold.take();
-                let there = hold.is_some_and(|hold| self.volume.take_instant(hold.instant).is_ok());
+                let there = hold.is_some_and(|hold| self.tree.take_instant(hold.instant).is_ok());
                 let _ = taken.send(there);
             }
             VolumeOrder::Abandon { abandoned } => {
                 if let Some(hold) = self.hold.take() {
-                    self.volume.abandon_instant(hold.instant);
+                    self.tree.abandon_instant(hold.instant);
                     self.drop_stores(&hold.ids);
                 }
                 let _ = abandoned.send(());
             }
             VolumeOrder::Remove { snapshot, removed } => {
-                self.volume.remove_snapshot(snapshot);
-                self.leaving.insert(snapshot, removed);
+                // Whoever orders it sees to it that nothing stands on it, and that it is
+                // not being merged; if that is not so, the channel closes.
+                match self.tree.remove_snapshot(snapshot) {
+                    Ok(()) => drop(self.leaving.insert(snapshot, removed)),
+                    Err(error) => tracing::error!(
+                        export = self.export(snapshot),
+                        "the snapshot is not removed: {error}"
+                    ),
+                }
             }
             VolumeOrder::Merge {
                 snapshot, begun, ..
-            } => match self.volume.begin_merge(snapshot) {
-                Ok(()) if self.volume.merge_progress().is_some() => {
+            } => match self.tree.begin_merge(snapshot) {
+                Ok(()) if self.tree.merge_of(snapshot).is_some() => {
                     // It had begun and failed: the origin reads as the snapshot already.
                     let _ = begun.send(Ok(()));
                 }
@@ -195,15 +213,15 @@ impl Hosted {
                 }
             },
             VolumeOrder::MarkedLost { snapshot, durable } => {
-                self.volume.marked_lost(snapshot, durable);
+                self.tree.marked_lost(snapshot, durable);
             }
             VolumeOrder::Suspend { suspended } => {
-                self.volume.suspend();
+                self.tree.suspend();
                 self.suspending = Some(suspended);
             }
             VolumeOrder::Resume => {
                 self.suspending = None;
-                self.volume.resume();
+                self.tree.resume();
             }
             VolumeOrder::Extend {
                 snapshot,
@@ -241,7 +259,13 @@ impl Hosted {
             stores.push(snapshot.store);
             rest.push((snapshot.name, snapshot.disk.file, snapshot.settings));
         }
-        let (instant, ids) = self.volume.begin_instant(stores);
+        let (instant, ids) = match self.tree.begin_instant(View::Origin, stores) {
+            Ok(begun) => begun,
+            Err(refused) => {
+                let _ = held.send(Err(refused.into()));
+                return;
+            }
+        };
         for (&id, (name, file, settings)) in ids.iter().zip(rest) {
             self.add_store(id, name, file);
             self.settle(id, settings);
@@ -260,7 +284,7 @@ impl Hosted {
 
     /// Have a snapshot that is there behave as it was ordered.
     pub(super) fn settle(&mut self, id: SnapshotId, settings: Settings) {
-        self.volume.set_on_full(id, settings.on_full);
+        self.tree.set_on_full(id, settings.on_full);
         if let Some(auto_extend) = settings.auto_extend {
             self.auto_extends.insert(id, auto_extend);
         }
@@ -272,7 +296,7 @@ impl Hosted {
             Some(limit) => limit,
             None => size_of(&store.disk.disk.file).map_err(|error| error.to_string())?,
         };
-        match self.volume.extend_snapshot(id, limit) {
+        match self.tree.extend_snapshot(id, limit) {
             Ok(()) => Ok(limit),
             Err(error) => Err(error.to_string()),
         }
@@ -280,7 +304,7 @@ impl Hosted {
 
     fn measure(&mut self) -> Result<u64, String> {
         let bytes = size_of(&self.origin.disk.file).map_err(|error| error.to_string())?;
-        match self.volume.grow_origin(bytes) {
+        match self.tree.grow_origin(bytes) {
             Ok(()) => Ok(bytes),
             Err(error) => Err(format!("{error}, and its disk has {bytes}")),
         }
@@ -289,13 +313,13 @@ impl Hosted {
     /// Stores that are to grow by themselves do so in time.
     pub(super) fn extend_by_themselves(&mut self, outside: &Outside) {
         let wanted = self.auto_extends.iter().filter_map(|(&id, auto)| {
-            let info = self.volume.snapshot_info(id)?;
+            let info = self.tree.snapshot_info(id)?;
             auto.limit_for(info.allocated_bytes, info.limit_bytes)
                 .map(|limit| (id, limit))
         });
         let wanted: Vec<(SnapshotId, u64)> = wanted.collect();
         for (id, limit) in wanted {
-            if self.volume.extend_snapshot(id, limit).is_ok() {
+            if self.tree.extend_snapshot(id, limit).is_ok() {
                 self.tell(id, What::Extended(limit), outside);
             }
         }
@@ -364,7 +388,7 @@ impl Hosted {
             View::Snapshot(id) => {
                 self.stores.contains_key(&id)
                     && !self.leaving.contains_key(&id)
-                    && self.volume.merging() != Some(id)
+                    && !self.tree.is_merging(id)
             }
         }
     }

@@ -25,12 +25,9 @@ impl Hosted {
                 volume: self.id,
                 snapshot: id,
                 export: self.export(id),
-                status: self.volume.status(id)?,
-                info: self.volume.snapshot_info(id),
-                merge: self
-                    .volume
-                    .merge_progress()
-                    .filter(|_| self.volume.merging() == Some(id)),
+                status: self.tree.status(id)?,
+                info: self.tree.snapshot_info(id),
+                merge: self.tree.merge_of(id),
             })
         })
     }
@@ -50,7 +47,7 @@ impl Hosted {
         outside: &Outside,
     ) {
         let len = u64::from(len);
-        let extents = match self.volume.map(connection.view, offset, len, EXTENTS_MAX) {
+        let extents = match self.tree.map(connection.view, offset, len, EXTENTS_MAX) {
             Ok(extents) => extents,
             Err(failure) => return refuse(connection, cookie, Refusal::Failed(failure)),
         };
@@ -113,7 +110,7 @@ impl Hosted {
         };
         // Only if the view lies where it lay was the file system asked about its
         // bytes: see `block_status`.
-        let now = self.volume.map(connection.view, *offset, *len, EXTENTS_MAX);
+        let now = self.tree.map(connection.view, *offset, *len, EXTENTS_MAX);
         let status = match now {
             Err(failure) => Err(failure),
             Ok(now) if now == *extents => Ok(status),
@@ -146,7 +143,7 @@ impl Hosted {
         outside: &Outside,
     ) {
         let extents = match self
-            .volume
+            .tree
             .map(connection.view, offset, u64::from(len), EXTENTS_MAX)
         {
             Ok(extents) => extents,
@@ -185,7 +182,7 @@ impl Hosted {
     }
 }
 
-fn answer_status(
+pub(in crate::io) fn answer_status(
     connection: &mut Connection,
     cookie: u64,
     one_extent: bool,

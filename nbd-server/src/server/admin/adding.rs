@@ -183,7 +183,7 @@ impl Turn<'_> {
             if !volumes.insert(add.name.as_str()) {
                 return Err(Refused::VolumeTwice(add.name.clone()));
             }
-            if self.registry.volume(&add.name).is_some() {
+            if self.registry.volume(&add.name).is_some() || self.registry.mapped.has(&add.name) {
                 return Err(Refused::VolumeExists(add.name.clone()));
             }
         }

@@ -69,7 +69,8 @@ impl Scope {
             | Order::VolumeList
             | Order::Clients
             | Order::Disconnect(_)
-            | Order::Events(_) => Self::nothing(),
+            | Order::Events(_)
+            | Order::Dm(_) => Self::nothing(),
         }
     }
 
@@ -144,6 +145,11 @@ impl Claims {
     pub(super) fn close(&self) {
         self.lock().is_closed = true;
         self.changed.notify_all();
+    }
+
+    /// No more orders are executed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().is_closed
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {

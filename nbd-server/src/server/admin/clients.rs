@@ -7,7 +7,7 @@ use nbdsnap_engine::View;
 use super::refusal::Refused;
 use super::turn::Turn;
 use crate::control::protocol::{Answer, ClientReport, Disconnect};
-use crate::io::{ClientStatus, Shard};
+use crate::io::{ClientStatus, MAPPED, Shard, view_of};
 use crate::names;
 
 impl Turn<'_> {
@@ -61,6 +61,11 @@ impl Turn<'_> {
 
     /// What a client is attached to; a snapshot that has left has no name any more.
     fn export_of(&self, client: &ClientStatus) -> String {
+        if client.volume == MAPPED {
+            let mut devices = self.registry.mapped.devices.iter();
+            let device = devices.find(|device| view_of(device.id) == client.view);
+            return device.map_or_else(String::new, |device| device.name.clone());
+        }
         let mut volumes = self.registry.volumes.iter();
         let Some(volume) = volumes.find(|volume| volume.id == client.volume) else {
             return String::new();

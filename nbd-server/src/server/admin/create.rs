@@ -156,7 +156,8 @@ impl Turn<'_> {
                 let name = name.snapshot.clone();
                 return Err(Refused::Name { name, why });
             }
-            if volume.snapshot(&name.snapshot).is_some() {
+            let export = names::export(&name.volume, &name.snapshot);
+            if volume.snapshot(&name.snapshot).is_some() || self.registry.mapped.has(&export) {
                 return Err(Refused::Exists(name.clone()));
             }
             if wanted[..place].contains(name) {
@@ -273,6 +274,7 @@ impl Turn<'_> {
             match self.wait(shard, &answer, Some(until)) {
                 Ok(Ok(ids)) => all.push(HeldPart { name, ids, facts }),
                 Ok(Err(NotHeld::FlushFailed)) => failed = Some(Refused::FlushFailed(name)),
+                Ok(Err(NotHeld::NotThere)) => failed = Some(Refused::NotTakeable(name)),
                 Ok(Err(NotHeld::Closing)) => failed = Some(Refused::Stopping),
                 Err(Refused::TooSlow) => failed = Some(Refused::NotHeld(HOLD.as_secs())),
                 Err(refused) => failed = Some(refused),

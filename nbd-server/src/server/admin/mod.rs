@@ -11,6 +11,7 @@ mod adding;
 mod claims;
 mod clients;
 mod create;
+mod dm;
 mod merge;
 mod refusal;
 mod remove;
@@ -47,6 +48,7 @@ use crate::state::keeper::Keeper;
 use crate::state::place::settled;
 use adding::Addition;
 use claims::Scope;
+use dm::DmDisks;
 use refusal::Refused;
 use turn::{Shared, Turn};
 
@@ -86,6 +88,8 @@ pub(super) struct Administrator {
     mailroom: Mailroom,
     /// How snapshots behave unless it is said.
     defaults: Defaults,
+    /// The disks under mapped devices.
+    dm: DmDisks,
 }
 
 /// What an administrator is given to begin with.
@@ -164,6 +168,7 @@ impl Administrator {
             events,
             mailroom,
             defaults,
+            dm: DmDisks::default(),
         }
     }
 
@@ -231,6 +236,7 @@ impl Turn<'_> {
             Order::Clients => self.report_clients(),
             Order::Disconnect(disconnect) => self.disconnect(&disconnect),
             Order::Events(_) => unreachable!("the door answers it by itself"),
+            Order::Dm(order) => self.dm(order),
         }
     }
 }

@@ -39,6 +39,8 @@ pub(super) enum Refused {
     Disk(#[from] disks::Refusal),
     #[error("{0}: a flush of the disk failed, and no snapshot was taken; see the server's log")]
     FlushFailed(String),
+    #[error("{0}: no snapshot of it can be taken now, for it is being merged")]
+    NotTakeable(String),
     #[error(
         "not all disks could be brought to rest within {0} seconds, and no snapshot was taken: is one of them stalled?"
     )]

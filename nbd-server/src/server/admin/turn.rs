@@ -124,6 +124,16 @@ impl<'a> Turn<'a> {
         self.shared.records()
     }
 
+    /// The server stops, and whoever waits for long should not.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.shared.claims.is_closed()
+    }
+
+    /// Where that is seen.
+    pub(super) fn claims(&self) -> Arc<Claims> {
+        Arc::clone(&self.shared.claims)
+    }
+
     /// Begin a change of the records: what is claimed as it is served now, and edited;
     /// all else as it is recorded, for others may be in the middle of a change.
     pub(super) fn begin_change(
