@@ -4,5 +4,12 @@
 
 #[path = "dm/differential.rs"]
 mod differential;
+#[path = "dm/pieces.rs"]
+mod pieces;
+#[path = "dm/walkthroughs.rs"]
+mod walkthroughs;
 
 const SUITE: &str = "kernel_dm";
+
+/// Plays steps inside the virtual machine.
+const PLAYER: &str = env!("CARGO_BIN_EXE_dm-player");

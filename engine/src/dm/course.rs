@@ -197,7 +197,8 @@ impl Mapper {
             let device = self.pending[at].device;
             let is_wait = matches!(self.pending[at].kind, Kind::Wait { .. });
             let mut before = self.pending[..at].iter();
-            let blocked = before.any(|p| p.device == device && !matches!(p.kind, Kind::Wait { .. }));
+            let blocked =
+                before.any(|p| p.device == device && !matches!(p.kind, Kind::Wait { .. }));
             if blocked && !is_wait {
                 at += 1;
                 continue;
@@ -252,16 +253,19 @@ impl Mapper {
                 self.begin_resume(at, device, noflush)
             }
             (Kind::Resume { .. }, Progress::Joining) => self.end_joining(at, device),
-            (Kind::Resume { .. }, Progress::Leaving) => {
-                self.no_leavers().then_some(Ok(()))
-            }
+            (Kind::Resume { .. }, Progress::Leaving) => self.no_leavers().then_some(Ok(())),
         }
     }
 
     /// A device that goes lets its tables go.
     fn empty(&mut self, id: DeviceId) {
         let device = self.devices.get_mut(&id).expect("it is leaving");
-        let tables: Vec<_> = device.live.take().into_iter().chain(device.inactive.take()).collect();
+        let tables: Vec<_> = device
+            .live
+            .take()
+            .into_iter()
+            .chain(device.inactive.take())
+            .collect();
         for table in tables {
             self.drop_table(table);
         }
@@ -275,7 +279,9 @@ impl Mapper {
     }
 
     fn no_leavers(&self) -> bool {
-        self.levels.iter().all(|(_, level)| level.leaving.is_empty())
+        self.levels
+            .iter()
+            .all(|(_, level)| level.leaving.is_empty())
     }
 
     fn begin_standstill(&mut self, id: DeviceId) {
@@ -293,7 +299,10 @@ impl Mapper {
 
     /// The merges of a device's active table.
     fn merges_of(&self, id: DeviceId) -> Vec<SnapKey> {
-        let live = self.devices.get(&id).and_then(|device| device.live.as_ref());
+        let live = self
+            .devices
+            .get(&id)
+            .and_then(|device| device.live.as_ref());
         let snaps = live.into_iter().flat_map(super::device::Table::snaps);
         snaps.filter(|&key| self.snaps[key].merges).collect()
     }
@@ -407,7 +416,9 @@ impl Mapper {
             return refuse("A snapshot is already merging.");
         }
         if snap.merges && self.is_covered_above(snap.origin) {
-            return refuse("the origin is part of another origin, which was taken snapshots of later");
+            return refuse(
+                "the origin is part of another origin, which was taken snapshots of later",
+            );
         }
         Ok(())
     }
@@ -472,7 +483,10 @@ impl Mapper {
             ..self.config
         });
         let bases = self.bases(origin);
-        if bases.iter().any(|base| matches!(base, super::Base::Snap(_))) {
+        if bases
+            .iter()
+            .any(|base| matches!(base, super::Base::Snap(_)))
+        {
             volume.stand_on_snapshot();
         }
         let order = self.next_level;
@@ -552,7 +566,10 @@ impl Mapper {
     fn close_next(&mut self) {
         let open: Vec<_> = self.levels.iter().map(|(key, _)| key).collect();
         let asked: Vec<_> = open.iter().flat_map(|&key| self.asks(key, None)).collect();
-        let free = open.iter().find(|key| !asked.contains(key)).or(open.first());
+        let free = open
+            .iter()
+            .find(|key| !asked.contains(key))
+            .or(open.first());
         match free {
             Some(&key) => {
                 self.levels[key].is_closing = true;

@@ -314,7 +314,11 @@ impl Dealt<'_> {
             // Cut so that whole chunks are together, and what is left at the ends.
             let head = (run.at.next_multiple_of(self.chunk) - run.at).min(run.len);
             let whole = (run.len - head) / self.chunk * self.chunk;
-            let cuts = [(0, head), (head, whole), (head + whole, run.len - head - whole)];
+            let cuts = [
+                (0, head),
+                (head, whole),
+                (head + whole, run.len - head - whole),
+            ];
             for (from, len) in cuts.into_iter().filter(|&(_, len)| len > 0) {
                 let inside = run.at + from;
                 runs.push(Run {

@@ -146,10 +146,8 @@ impl Mapped {
                 let (mut at, end) = (within, within + len);
                 while at < end {
                     let (index, inside) = (at / chunk, at % chunk);
-                    let (row, stripe) = (
-                        index / stripes.len() as u64,
-                        index % stripes.len() as u64,
-                    );
+                    let (row, stripe) =
+                        (index / stripes.len() as u64, index % stripes.len() as u64);
                     let (lower, start) = stripes[stripe as usize];
                     let len = (chunk - inside).min(end - at);
                     steps.push(Step {
@@ -203,7 +201,9 @@ impl Mapper {
     /// How many tables name it.
     pub(super) fn names(&self, lower: Lower) -> usize {
         let tables = self.devices.values().flat_map(Device::tables);
-        tables.filter(|table| table.lowers().contains(&lower)).count()
+        tables
+            .filter(|table| table.lowers().contains(&lower))
+            .count()
     }
 
     pub(super) fn is_named(&self, lower: Lower) -> bool {

@@ -88,7 +88,11 @@ impl Mapper {
     /// What a device's active table names, or that which waits.
     pub fn deps(&self, id: DeviceId, inactive: bool) -> Result<Vec<Lower>, Refused> {
         let mut deps = Vec::new();
-        for mapped in self.chosen(id, inactive)?.into_iter().flat_map(|t| &t.lines) {
+        for mapped in self
+            .chosen(id, inactive)?
+            .into_iter()
+            .flat_map(|t| &t.lines)
+        {
             for lower in mapped.line.target.lowers() {
                 if !deps.contains(&lower) {
                     deps.push(lower);

@@ -1,8 +1,8 @@
 //! What is ordered of devices, and when it is refused. What takes time goes on in
 //! `course.rs`.
 
-use super::cover::is_shredded;
 use super::course::{Kind, Pending, Progress};
+use super::cover::is_shredded;
 use super::device::{Course, Device, Mapped, Table};
 use super::snap::{Body, Snap};
 use super::{DeviceId, Line, Lower, Mapper, MapperEvent, OrderId, Pair, Persistence, Target};
@@ -98,7 +98,8 @@ impl Mapper {
             None => (0..MINORS).find(free).expect("there are a million"),
         };
         let id = DeviceId(minor);
-        self.devices.insert(id, Device::new(name.into(), uuid.into()));
+        self.devices
+            .insert(id, Device::new(name.into(), uuid.into()));
         Ok(id)
     }
 
@@ -199,7 +200,8 @@ impl Mapper {
             chunk => chunk,
         };
         if !chunk.is_multiple_of(block) {
-            let why = "Couldn't create exception store: Chunk size is not a multiple of device blocksize";
+            let why =
+                "Couldn't create exception store: Chunk size is not a multiple of device blocksize";
             return Err(Refused::new(Errno::Invalid, why));
         }
         if merges && self.other_merge(pair.origin) {
@@ -371,7 +373,10 @@ impl Mapper {
     /// A uuid for a device that has none.
     pub fn set_uuid(&mut self, id: DeviceId, uuid: &str) -> Result<(), Refused> {
         if !self.device(id)?.uuid.is_empty() {
-            return Err(Refused::new(Errno::Invalid, "the device has a uuid already"));
+            return Err(Refused::new(
+                Errno::Invalid,
+                "the device has a uuid already",
+            ));
         }
         if self.find_uuid(uuid).is_some() {
             return Err(Refused::new(Errno::Busy, "the uuid is in use"));
@@ -405,7 +410,9 @@ impl Mapper {
 
     /// Whether a client has it open.
     pub fn has_clients(&self, id: DeviceId) -> bool {
-        self.devices.get(&id).is_some_and(|device| device.clients > 0)
+        self.devices
+            .get(&id)
+            .is_some_and(|device| device.clients > 0)
     }
 
     /// It has it open no more.

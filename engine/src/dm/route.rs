@@ -420,10 +420,12 @@ impl Mapper {
             asked.fua = false;
             return self.hand_out(disk, Action::Flush, asked);
         }
-        let result = outcome.map(|bytes| vec![bytes]).map_err(|error| match error {
-            DiskError::NoSpace => Failure::NoSpace,
-            DiskError::Io(_) => Failure::Io,
-        });
+        let result = outcome
+            .map(|bytes| vec![bytes])
+            .map_err(|error| match error {
+                DiskError::NoSpace => Failure::NoSpace,
+                DiskError::Io(_) => Failure::Io,
+            });
         self.end(asked, result);
     }
 

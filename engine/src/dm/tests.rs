@@ -319,7 +319,16 @@ fn lines_are_where_their_tables_say() {
         )],
     );
     let read = rig.read(striped);
-    let row = |n: u8| [2 * n, 2 * n + 1, 60 + 2 * n, 61 + 2 * n, 101 + 2 * n, 102 + 2 * n];
+    let row = |n: u8| {
+        [
+            2 * n,
+            2 * n + 1,
+            60 + 2 * n,
+            61 + 2 * n,
+            101 + 2 * n,
+            102 + 2 * n,
+        ]
+    };
     let expected: Vec<u8> = (0..4).flat_map(row).collect();
     assert_eq!(sectors(&read), expected);
     // Across lines, and across stripes.
@@ -333,17 +342,23 @@ fn lines_are_where_their_tables_say() {
     let error = rig.create("error");
     rig.load(error, vec![line(0, 8, Target::Error)]).unwrap();
     rig.resume(error).unwrap();
-    let read = Command::Read { offset: 0, len: 512 };
-    assert_eq!(rig.ask(Lower::Device(error), read.clone()), Err(Failure::Io));
+    let read = Command::Read {
+        offset: 0,
+        len: 512,
+    };
+    assert_eq!(
+        rig.ask(Lower::Device(error), read.clone()),
+        Err(Failure::Io)
+    );
     let past = Command::Read {
         offset: 7 * SECTOR,
         len: 1024,
     };
+    assert_eq!(rig.ask(Lower::Device(error), past), Err(Failure::Invalid));
     assert_eq!(
-        rig.ask(Lower::Device(error), past),
-        Err(Failure::Invalid)
+        rig.ask(Lower::Device(DeviceId(9)), read),
+        Err(Failure::NoSuchView)
     );
-    assert_eq!(rig.ask(Lower::Device(DeviceId(9)), read), Err(Failure::NoSuchView));
 }
 
 /// Origins of every make, snapshots of them, and writes that come through them, beside
@@ -400,8 +415,11 @@ fn around_and_beneath(seed: u64) {
             let chunk = [1, 2, 4][rig.dice.below(3) as usize];
             let cow = rig.empty_disk(40 * chunk + len * 2);
             let id = rig.create(&format!("snapshot{round}"));
-            rig.load(id, vec![line(0, len, Target::Snapshot(pair(of, cow, chunk)))])
-                .unwrap();
+            rig.load(
+                id,
+                vec![line(0, len, Target::Snapshot(pair(of, cow, chunk)))],
+            )
+            .unwrap();
             // Nobody but the test knows the content of the instant unless all is quiet
             // then; that those under way are waited for is another test's.
             rig.run();
@@ -424,10 +442,19 @@ fn around_and_beneath(seed: u64) {
     }
     for (id, content) in &frozen {
         let read = rig.read(Lower::Device(*id));
-        assert_eq!(sectors(&read), sectors(content), "{:?}", rig.mapper.info(*id));
+        assert_eq!(
+            sectors(&read),
+            sectors(content),
+            "{:?}",
+            rig.mapper.info(*id)
+        );
         assert!(rig.status(*id).contains('/'), "{}", rig.status(*id));
     }
-    assert!(frozen.iter().any(|(id, _)| !rig.status(*id).starts_with("2/")));
+    assert!(
+        frozen
+            .iter()
+            .any(|(id, _)| !rig.status(*id).starts_with("2/"))
+    );
     for (id, _) in frozen {
         rig.remove(id).unwrap();
     }
@@ -538,7 +565,10 @@ fn a_store_changes_hands_as_the_kernel_has_it() {
     assert_eq!(rig.status(second), "6/200 4");
     assert_eq!(rig.status(first), "Invalid");
     rig.resume(first).unwrap();
-    let read = Command::Read { offset: 0, len: 512 };
+    let read = Command::Read {
+        offset: 0,
+        len: 512,
+    };
     assert_eq!(rig.ask(view, read), Err(Failure::Io));
     let content = rig.read(Lower::Device(second));
     assert_eq!(sectors(&content)[4..6], [4, 5]);
@@ -563,7 +593,10 @@ fn a_merge_is_begun_stopped_resumed_and_done() {
     let (_, real) = rig.device("real", vec![line(0, 64, linear(disk, 0))]);
     let origin = || Target::SnapshotOrigin { origin: real };
     let (base, top) = rig.device("base", vec![line(0, 64, origin())]);
-    let (snap, view) = rig.device("snap", vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))]);
+    let (snap, view) = rig.device(
+        "snap",
+        vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))],
+    );
     let second = Target::Snapshot(pair(real, other, 4));
     let (sibling, beside) = rig.device("sibling", vec![line(0, 64, second)]);
     let before = rig.read(top);
@@ -582,8 +615,20 @@ fn a_merge_is_begun_stopped_resumed_and_done() {
         rig.step();
     }
     // Everybody sees the instant from the first moment on, by whatever way.
-    let id = rig.hand_in(top, Command::Read { offset: 0, len: 64 * SECTOR });
-    let around = rig.hand_in(disk, Command::Read { offset: 0, len: 64 * SECTOR });
+    let id = rig.hand_in(
+        top,
+        Command::Read {
+            offset: 0,
+            len: 64 * SECTOR,
+        },
+    );
+    let around = rig.hand_in(
+        disk,
+        Command::Read {
+            offset: 0,
+            len: 64 * SECTOR,
+        },
+    );
     rig.end(order).unwrap();
     assert_eq!(rig.replies.remove(&id), Some(Ok(wanted.clone())));
     assert_eq!(rig.replies.remove(&around), Some(Ok(wanted.clone())));
@@ -597,7 +642,10 @@ fn a_merge_is_begun_stopped_resumed_and_done() {
     rig.write(top, 0, 8, 33);
     assert_eq!(rig.read(beside), before);
     // One that is given up in the middle leaves both as they are, and can be taken up.
-    let (snap, view) = rig.device("snap", vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))]);
+    let (snap, view) = rig.device(
+        "snap",
+        vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))],
+    );
     let wanted = rig.read(view);
     rig.write(top, 0, 64, 44);
     rig.suspend(snap);
@@ -629,7 +677,10 @@ fn snapshots_of_snapshots_by_tables() {
     for depth in 0..5 {
         let cow = rig.empty_disk(200);
         let name = format!("depth{depth}");
-        let (_, view) = rig.device(&name, vec![line(0, 32, Target::Snapshot(pair(below, cow, 2)))]);
+        let (_, view) = rig.device(
+            &name,
+            vec![line(0, 32, Target::Snapshot(pair(below, cow, 2)))],
+        );
         rig.write(view, 5 * depth, 3, 100 + depth as u8);
         views.push((view, rig.read(view)));
         below = view;
@@ -679,13 +730,22 @@ fn what_cannot_be_is_refused_and_leaves_the_active_table_alone() {
     rig.load(a, vec![line(0, 32, linear(disk, 40))]).unwrap();
     let refused = rig.resume(a).unwrap_err();
     assert!(refused.why.contains("too small"));
-    assert_eq!(rig.mapper.table(a, false).unwrap()[0].target, linear(disk, 0));
+    assert_eq!(
+        rig.mapper.table(a, false).unwrap()[0].target,
+        linear(disk, 0)
+    );
     rig.resume(a).unwrap();
     // Two origins cannot have one store.
-    rig.device("s", vec![line(0, 32, Target::Snapshot(pair(lower, cow, 2)))]);
+    rig.device(
+        "s",
+        vec![line(0, 32, Target::Snapshot(pair(lower, cow, 2)))],
+    );
     let refused = rig.load(new, vec![line(0, 64, Target::Snapshot(pair(disk, cow, 2)))]);
     assert_eq!(refused.unwrap_err().errno, Errno::Busy);
-    assert_eq!(rig.mapper.create("a", "", None).unwrap_err().errno, Errno::Busy);
+    assert_eq!(
+        rig.mapper.create("a", "", None).unwrap_err().errno,
+        Errno::Busy
+    );
     assert_eq!(
         rig.mapper.info(DeviceId(77)).unwrap_err().errno,
         Errno::NoDevice

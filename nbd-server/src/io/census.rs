@@ -6,9 +6,9 @@ use std::time::SystemTime;
 use nbdsnap_engine::View;
 
 use super::VolumeId;
-use super::mapped::MAPPED;
 use super::connection::{Connection, Traffic};
 use super::hosted::{NotMerged, VolumeOrder};
+use super::mapped::MAPPED;
 use super::news::{News, What};
 use super::shard::Worker;
 

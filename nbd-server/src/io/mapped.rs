@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use bytes::Bytes;
-use nbdsnap_engine::dm::{DeviceId, DeviceInfo, DiskId, Lower, Mapper, MapperEvent, OrderId, Refused};
+use nbdsnap_engine::dm::{
+    DeviceId, DeviceInfo, DiskId, Lower, Mapper, MapperEvent, OrderId, Refused,
+};
 use nbdsnap_engine::{
     Command, Device, Extent, Failure, OpId, Outcome, Reply, RequestId, SnapshotId, View,
     VolumeConfig,
@@ -183,13 +185,7 @@ impl Mapped {
     }
 
     /// Serve `call` of `connection`, whose key is `key`.
-    pub(super) fn start(
-        &mut self,
-        key: Key,
-        connection: &mut Connection,
-        cookie: u64,
-        call: Call,
-    ) {
+    pub(super) fn start(&mut self, key: Key, connection: &mut Connection, cookie: u64, call: Call) {
         if self.is_closing {
             return refuse(connection, cookie, Refusal::ShuttingDown);
         }

@@ -408,7 +408,12 @@ impl Registry {
             }
         }
         let default = (self.volumes.len() == 1).then_some(0);
-        for device in self.mapped.devices.iter().filter(|device| device.live_table) {
+        for device in self
+            .mapped
+            .devices
+            .iter()
+            .filter(|device| device.live_table)
+        {
             if exports.iter().any(|export| export.name == device.name) {
                 continue;
             }

@@ -19,9 +19,7 @@ use nbdsnap_tests::kernel::program::stripped;
 use nbdsnap_tests::kernel::seed;
 use nbdsnap_tests::kernel::vm::Vm;
 
-use super::SUITE;
-
-const PLAYER: &str = env!("CARGO_BIN_EXE_dm-player");
+use super::{PLAYER, SUITE};
 
 /// Steps of a normal run.
 const STEPS: usize = 250;
@@ -54,7 +52,11 @@ pub fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]) -> Ve
     let output = vm.run(&format!("dm-player /test/steps {}", paths.join(" ")));
     let outcomes = Outcome::parse_all(output.lines.iter().map(String::as_str));
     assert_eq!(outcomes.len(), steps.len(), "outcomes of all steps");
-    println!("the kernel: {} steps in {:.0?}", steps.len(), began.elapsed());
+    println!(
+        "the kernel: {} steps in {:.0?}",
+        steps.len(),
+        began.elapsed()
+    );
     translated(outcomes, probes)
 }
 
@@ -66,7 +68,10 @@ pub fn on_nbdsnap(folder: &Path, disks: &[PathBuf], steps: &[Step]) -> Vec<Outco
     let side = Side {
         program: vec![program().display().to_string(), "dm".to_owned()],
         environment: vec![("NBDSNAP_CONTROL".to_owned(), control)],
-        disks: disks.iter().map(|disk| disk.display().to_string()).collect(),
+        disks: disks
+            .iter()
+            .map(|disk| disk.display().to_string())
+            .collect(),
         devices: Devices::Exports(folder.join("nbd.sock").display().to_string()),
     };
     let began = Instant::now();

@@ -15,7 +15,11 @@ const PATIENCE: Duration = Duration::from_mins(2);
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
-    let steps = match args.next().ok_or("no file".to_owned()).and_then(|path| read(&path)) {
+    let steps = match args
+        .next()
+        .ok_or("no file".to_owned())
+        .and_then(|path| read(&path))
+    {
         Ok(steps) => steps,
         Err(why) => {
             eprintln!("dm-player: {why}");

@@ -550,7 +550,11 @@ pub(super) fn refuse(connection: &mut Connection, cookie: u64, refusal: Refusal)
 }
 
 /// Answer a request that was under way, if its client is still there.
-pub(super) fn answer(clients: &mut Clients, waiting: &Waiting, result: Result<Vec<Bytes>, Failure>) {
+pub(super) fn answer(
+    clients: &mut Clients,
+    waiting: &Waiting,
+    result: Result<Vec<Bytes>, Failure>,
+) {
     let Some(connection) = clients.get(waiting.connection) else {
         return;
     };

@@ -126,7 +126,11 @@ pub fn command(device: Option<&str>, random: &mut Random) -> Step {
     let table = match random.below(5) {
         0 | 1 => from(random, &TABLES),
         2 | 3 => {
-            let target = if random.one_in(3) { "snapshot-merge" } else { "snapshot" };
+            let target = if random.one_in(3) {
+                "snapshot-merge"
+            } else {
+                "snapshot"
+            };
             format!("0 512 {target} {}", from(random, &SNAPSHOTS))
         }
         _ => {

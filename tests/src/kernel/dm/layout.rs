@@ -169,7 +169,11 @@ fn on(disk: usize) -> On {
 /// end: there the kernel loses the snapshot one chunk later than nbdsnap says that it
 /// is full, and cannot open the store again.
 fn without_a_brim(mut len: u64) -> u64 {
-    let brim = |len: u64| CHUNKS.iter().any(|chunk| (len / chunk) % (32 * chunk + 1) <= 1);
+    let brim = |len: u64| {
+        CHUNKS
+            .iter()
+            .any(|chunk| (len / chunk) % (32 * chunk + 1) <= 1)
+    };
     while brim(len) {
         len += 8;
     }

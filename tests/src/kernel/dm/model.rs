@@ -352,7 +352,10 @@ impl Model {
         let Some(device) = self.device(name) else {
             return false;
         };
-        let mut left: Vec<On> = table.iter().flat_map(|line| stands_on(&line.target)).collect();
+        let mut left: Vec<On> = table
+            .iter()
+            .flat_map(|line| stands_on(&line.target))
+            .collect();
         while let Some(on) = left.pop() {
             let On::Device(number) = on else {
                 continue;
@@ -378,7 +381,10 @@ impl Model {
                 let mut others = others.flat_map(|loaded| snapshots(&loaded.table));
                 let elsewhere = others.any(|o| o.cow == line.cow && o.origin != line.origin);
                 let second = line.merge && shared == (0, 0) && self.has_merge(line.origin);
-                known && !elsewhere && !second && !self.is_blocked(line.cow)
+                known
+                    && !elsewhere
+                    && !second
+                    && !self.is_blocked(line.cow)
                     && (!line.merge || self.may_merge(line))
             }
             target => stands_on(target).iter().all(|on| match on {
@@ -406,7 +412,9 @@ impl Model {
     /// Whether a command succeeds; its effect, where it has one.
     pub fn apply(&mut self, command: &Command) -> bool {
         match command {
-            Command::Create { name, uuid, table } => self.create(name, uuid.as_ref(), table.as_ref()),
+            Command::Create { name, uuid, table } => {
+                self.create(name, uuid.as_ref(), table.as_ref())
+            }
             Command::Load(name, table) => self.load(name, table),
             Command::Suspend(name) => {
                 let device = self.devices.get_mut(name);
@@ -418,7 +426,9 @@ impl Model {
                 device.map(|device| device.inactive = None).is_some()
             }
             Command::Remove(name) => {
-                let free = self.device(name).is_some_and(|device| !self.is_in_use(device.number));
+                let free = self
+                    .device(name)
+                    .is_some_and(|device| !self.is_in_use(device.number));
                 free && self.devices.remove(name).is_some()
             }
             Command::Rename(name, new) => {
@@ -502,7 +512,10 @@ impl Model {
         };
         let (number, active) = (device.number, live.active);
         let lines: Vec<Snapshot> = snapshots(&live.table).cloned().collect();
-        if !lines.iter().all(|line| self.may_resume(line, number, active, before.as_ref())) {
+        if !lines
+            .iter()
+            .all(|line| self.may_resume(line, number, active, before.as_ref()))
+        {
             return false;
         }
         let device = self.devices.get_mut(name).expect("it is there");
@@ -512,15 +525,20 @@ impl Model {
     }
 
     /// The rules of handover; `before` is the table that the device has had until now.
-    fn may_resume(&self, line: &Snapshot, number: u64, active: bool, before: Option<&Loaded>) -> bool {
+    fn may_resume(
+        &self,
+        line: &Snapshot,
+        number: u64,
+        active: bool,
+        before: Option<&Loaded>,
+    ) -> bool {
         let own = before.is_some_and(|before| {
             let mut lines = snapshots(&before.table);
             before.active && lines.any(|o| o.origin == line.origin && o.cow == line.cow)
         });
         let same = self.snapshots_of(line.origin);
-        let mut others = same.filter(|(device, other, _)| {
-            other.cow == line.cow && device.number != number
-        });
+        let mut others =
+            same.filter(|(device, other, _)| other.cow == line.cow && device.number != number);
         if active {
             return !others.any(|(_, _, active)| !active);
         }
@@ -554,7 +572,11 @@ impl Model {
             }
             Target::Origin { on } => format!("snapshot-origin {}", self.path(*on)),
             Target::Snapshot(line) => {
-                let target = if line.merge { "snapshot-merge" } else { "snapshot" };
+                let target = if line.merge {
+                    "snapshot-merge"
+                } else {
+                    "snapshot"
+                };
                 let (origin, cow) = (self.path(line.origin), self.path(line.cow));
                 format!("{target} {origin} {cow} {} {}", line.word, line.chunk)
             }

@@ -157,9 +157,9 @@ impl Side {
 fn merge_has_ended(status: &str) -> bool {
     let words: Vec<&str> = status.split_whitespace().collect();
     match words[..] {
-        [_, _, "snapshot-merge", used, metadata] => {
-            used.split_once('/').is_some_and(|(used, _)| used == metadata)
-        }
+        [_, _, "snapshot-merge", used, metadata] => used
+            .split_once('/')
+            .is_some_and(|(used, _)| used == metadata),
         _ => true,
     }
 }

@@ -85,7 +85,10 @@ pub fn build(generator: &mut Generator, stack: usize) {
         return;
     };
     let len = generator.model.devices[&base].size();
-    generator.command(&create(&origin_name(stack), one_line(len, Target::Origin { on })));
+    generator.command(&create(
+        &origin_name(stack),
+        one_line(len, Target::Origin { on }),
+    ));
 }
 
 /// A line for a new snapshot in some store, which is prepared for it.
@@ -117,7 +120,9 @@ fn new_line(generator: &mut Generator, stack: usize, origin: On) -> Option<Snaps
 
 fn new_name(generator: &mut Generator, stack: usize) -> String {
     let names: Vec<String> = (0..5).map(|n| format!("s{stack}{n}")).collect();
-    let free = names.iter().find(|name| generator.model.device(name).is_none());
+    let free = names
+        .iter()
+        .find(|name| generator.model.device(name).is_none());
     match free {
         Some(free) if !generator.random.one_in(8) => free.clone(),
         _ => names[generator.random.below(5) as usize].clone(),
@@ -151,7 +156,11 @@ pub fn take(generator: &mut Generator, stack: usize) {
         return;
     };
     let name = new_name(generator, stack);
-    let len = if generator.random.one_in(6) { len / 2 } else { len };
+    let len = if generator.random.one_in(6) {
+        len / 2
+    } else {
+        len
+    };
     let mut commands = made(generator, &name, one_line(len, Target::Snapshot(line)));
     if generator.random.one_in(2) {
         commands.insert(0, Command::Suspend(origin_name(stack)));
@@ -241,12 +250,18 @@ pub fn merge(generator: &mut Generator, stack: usize) {
     let able = |(_, line, _): &(String, Snapshot, u64)| {
         line.origin == beneath && line.kind != Kind::Overflow && !line.merge
     };
-    let all: Vec<_> = snapshots(generator, stack).into_iter().filter(able).collect();
+    let all: Vec<_> = snapshots(generator, stack)
+        .into_iter()
+        .filter(able)
+        .collect();
     if all.is_empty() || generator.model.device(&origin).is_none() {
         return;
     }
     let (name, line, len) = all[generator.random.below(all.len() as u64) as usize].clone();
-    let merge = Snapshot { merge: true, ..line };
+    let merge = Snapshot {
+        merge: true,
+        ..line
+    };
     let mut commands = vec![
         Command::Suspend(origin.clone()),
         Command::Suspend(name.clone()),

@@ -130,14 +130,18 @@ impl fmt::Display for Step {
                     write!(f, "printf '{}' | ", escaped(text))?;
                 }
                 write!(f, "dmsetup")?;
-                args.iter().try_for_each(|arg| write!(f, " {}", quoted(arg)))
+                args.iter()
+                    .try_for_each(|arg| write!(f, " {}", quoted(arg)))
             }
             Self::Write {
                 device,
                 offset,
                 len,
                 fill,
-            } => write!(f, "write {len} bytes at {offset} of {device} (bytes of {fill})"),
+            } => write!(
+                f,
+                "write {len} bytes at {offset} of {device} (bytes of {fill})"
+            ),
             Self::Zero { device, len } => write!(f, "zero the first {len} bytes of {device}"),
             Self::Read { device } => write!(f, "read {device}"),
             Self::Merged { device } => write!(f, "wait for the merge of {device}"),

@@ -23,7 +23,14 @@ pub fn probes(disks: usize) -> Vec<Step> {
     for letter in ('a'..).take(disks) {
         let table = format!("0 8 linear @{letter} 0");
         steps.push(Step::dm(["create", "probe", "--table", &table]));
-        steps.push(Step::dm(["info", "-c", "--noheadings", "-o", "major", "probe"]));
+        steps.push(Step::dm([
+            "info",
+            "-c",
+            "--noheadings",
+            "-o",
+            "major",
+            "probe",
+        ]));
         steps.push(Step::dm(["deps", "probe"]));
         steps.push(Step::dm(["remove", "probe"]));
     }
@@ -100,7 +107,12 @@ fn numbers_in(text: &str) -> Vec<u64> {
 }
 
 /// The first step that came out differently, in words, with those before it.
-pub fn difference(steps: &[Step], left: &[Outcome], right: &[Outcome], names: [&str; 2]) -> Option<String> {
+pub fn difference(
+    steps: &[Step],
+    left: &[Outcome],
+    right: &[Outcome],
+    names: [&str; 2],
+) -> Option<String> {
     let at = (0..steps.len()).find(|&n| match (left.get(n), right.get(n)) {
         (Some(left), Some(right)) => left.code != right.code || left.out != right.out,
         _ => true,
@@ -137,9 +149,15 @@ mod tests {
         };
         let cases = [
             ("0 8 snapshot 252:0 254:3 P 8", "0 8 snapshot @a dm:3 P 8"),
-            ("2 dependencies\t: (252, 16) (254, 1)", "2 dependencies\t: (@b) (dm, 1)"),
+            (
+                "2 dependencies\t: (252, 16) (254, 1)",
+                "2 dependencies\t: (@b) (dm, 1)",
+            ),
             ("Major, minor:      254, 3", "Major, minor:      dm, 3"),
-            ("foo              254  10 L--w    0    1      0", "foo dm 10 L--w    0    1      0"),
+            (
+                "foo              254  10 L--w    0    1      0",
+                "foo dm 10 L--w    0    1      0",
+            ),
             ("0 8 snapshot 16/131072 16", "0 8 snapshot 16/131072 16"),
         ];
         for (line, words) in cases {
@@ -155,7 +173,10 @@ mod tests {
         let mut other = same.clone();
         other[1].out.push("0 8 zero ".to_owned());
         let told = difference(&steps, &same, &other, ["a", "b"]).expect("a difference");
-        assert!(told.contains("step 1 differs") && told.contains("dmsetup table x"), "{told}");
+        assert!(
+            told.contains("step 1 differs") && told.contains("dmsetup table x"),
+            "{told}"
+        );
         assert!(difference(&steps, &same, &other[..1], ["a", "b"]).is_some());
     }
 }

@@ -123,7 +123,9 @@ impl Turn<'_> {
         }
         let about = format!("/sys/dev/block/{major}:{minor}/uevent");
         let uevent = std::fs::read_to_string(about).unwrap_or_default();
-        let mut names = uevent.lines().filter_map(|line| line.strip_prefix("DEVNAME="));
+        let mut names = uevent
+            .lines()
+            .filter_map(|line| line.strip_prefix("DEVNAME="));
         match names.next() {
             Some(name) => self.dm_open(&Path::new("/dev").join(name)),
             None => Err(refused(libc::ENODEV, "there is no such block device")),
@@ -132,7 +134,8 @@ impl Turn<'_> {
 
     fn dm_open(&mut self, path: &Path) -> Done<Lower> {
         let meta = std::fs::metadata(path);
-        let meta = meta.map_err(|error| refused(libc::ENODEV, format!("{}: {error}", path.display())))?;
+        let meta =
+            meta.map_err(|error| refused(libc::ENODEV, format!("{}: {error}", path.display())))?;
         if let Some(id) = self.taken.mapped_disk(&meta) {
             return Ok(Lower::Disk(DiskId(id)));
         }

@@ -111,7 +111,8 @@ impl Turn<'_> {
                 device, noflush, ..
             } => {
                 let id = self.dm_device(&device)?;
-                let done = self.dm_follow(move |mapped| mapped.mapper().resume(id, noflush).map(Some));
+                let done =
+                    self.dm_follow(move |mapped| mapped.mapper().resume(id, noflush).map(Some));
                 let answer = self.dm_changed(id);
                 done.and(answer)
             }
@@ -168,9 +169,7 @@ impl Turn<'_> {
     /// Begin something that takes time, and wait for its end, or for the server's.
     fn dm_follow(
         &mut self,
-        begin: impl FnOnce(
-            &mut Mapped,
-        ) -> Result<Option<OrderId>, nbdsnap_engine::dm::Refused>
+        begin: impl FnOnce(&mut Mapped) -> Result<Option<OrderId>, nbdsnap_engine::dm::Refused>
         + Send
         + 'static,
     ) -> Done<()> {
@@ -254,7 +253,12 @@ impl Turn<'_> {
         Ok(DmAnswer::Names(devices.iter().map(words::name).collect()))
     }
 
-    fn dm_create(&mut self, name: &str, uuid: Option<String>, minor: Option<u32>) -> Done<DmAnswer> {
+    fn dm_create(
+        &mut self,
+        name: &str,
+        uuid: Option<String>,
+        minor: Option<u32>,
+    ) -> Done<DmAnswer> {
         self.dm_check_name(name)?;
         let (name, uuid) = (name.to_owned(), uuid.unwrap_or_default());
         let id = self.mapped(move |mapped| mapped.mapper().create(&name, &uuid, minor))??;
@@ -264,7 +268,10 @@ impl Turn<'_> {
     /// A device's name is that of its export.
     fn dm_check_name(&self, name: &str) -> Done<()> {
         if name.is_empty() || name.len() > LONGEST_NAME || name.contains('/') {
-            return Err(refused(libc::EINVAL, format!("{name:?} is no name for a device")));
+            return Err(refused(
+                libc::EINVAL,
+                format!("{name:?} is no name for a device"),
+            ));
         }
         if self.registry.is_served(name) {
             let why = format!("{name} is served already: 'nbdsnap volume list' shows it");
@@ -273,7 +280,12 @@ impl Turn<'_> {
         Ok(())
     }
 
-    fn dm_load(&mut self, device: &DeviceName, read_only: bool, lines: &[TextLine]) -> Done<DmAnswer> {
+    fn dm_load(
+        &mut self,
+        device: &DeviceName,
+        read_only: bool,
+        lines: &[TextLine],
+    ) -> Done<DmAnswer> {
         let id = self.dm_device(device)?;
         let pins = self.dm.pins();
         let loaded = self.dm_load_pinned(id, read_only, lines);
@@ -322,7 +334,8 @@ impl Turn<'_> {
                     cow_bytes,
                     origin_bytes,
                 }) => {
-                    let wanted = stores::Wanted::of(&line.target, cow, chunk, cow_bytes, origin_bytes);
+                    let wanted =
+                        stores::Wanted::of(&line.target, cow, chunk, cow_bytes, origin_bytes);
                     let store = self.dm_store(wanted);
                     Some(store.map_err(|failed| in_table(&number, &table, failed))?)
                 }
@@ -343,7 +356,9 @@ impl Turn<'_> {
             match done {
                 // A client that has detached may not have been heard of yet.
                 Err(Failed::Dm { errno, .. })
-                    if errno == libc::EBUSY && Instant::now() < until && self.dm_has_clients(id)? =>
+                    if errno == libc::EBUSY
+                        && Instant::now() < until
+                        && self.dm_has_clients(id)? =>
                 {
                     self.aside(|_| std::thread::sleep(LOOK));
                 }
@@ -390,7 +405,9 @@ impl Turn<'_> {
             });
             Ok::<_, nbdsnap_engine::dm::Refused>((info, deps.collect::<Vec<_>>()))
         })??;
-        let deps = deps.into_iter().map(|(lower, name)| self.dm.dep(lower, name));
+        let deps = deps
+            .into_iter()
+            .map(|(lower, name)| self.dm.dep(lower, name));
         Ok(DmAnswer::Deps {
             device: words::info(&info),
             deps: deps.collect(),

@@ -107,7 +107,13 @@ fn open_or_make(wanted: Wanted, io: &mut Asking<'_>) -> Result<Store, OpenError>
     if wanted.kind == StoreKind::Transient {
         return make(io);
     }
-    match Store::open(wanted.kind, size, wanted.origin_bytes, Access::ReadWrite, io) {
+    match Store::open(
+        wanted.kind,
+        size,
+        wanted.origin_bytes,
+        Access::ReadWrite,
+        io,
+    ) {
         Err(OpenError::New) => make(io),
         opened => opened,
     }
@@ -162,7 +168,10 @@ impl StoreIo for Asking<'_> {
 
     /// There is no folder beside a mapped device: what is scrubbed is told in the log.
     fn keep_copy(&mut self, area: u64, _: &[u8]) -> Result<(), DiskError> {
-        tracing::warn!(area, "an area of a store was torn by a power cut: what lies behind its end is zeroed");
+        tracing::warn!(
+            area,
+            "an area of a store was torn by a power cut: what lies behind its end is zeroed"
+        );
         Ok(())
     }
 }
