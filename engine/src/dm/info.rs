@@ -17,6 +17,8 @@ pub struct DeviceInfo {
     pub bytes: u64,
     /// Clients, and tables of other devices.
     pub open_count: u64,
+    /// Clients.
+    pub clients: u64,
     /// How many events it has had.
     pub event_nr: u32,
     /// Its requests queue.
@@ -67,6 +69,7 @@ impl Mapper {
             uuid: device.uuid.clone(),
             bytes: device.bytes(),
             open_count: self.open_count(id),
+            clients: device.clients,
             event_nr: device.event_nr,
             suspended: device.course == Course::Suspended,
             live_table: live.is_some(),

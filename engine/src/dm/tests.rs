@@ -1,6 +1,8 @@
 //! Mapped devices over disks in memory. Operations under way end in an order that a
 //! seed decides.
 
+mod crash;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;

@@ -154,6 +154,28 @@ pub enum DmOrder {
     },
 }
 
+impl DmOrder {
+    /// The device that it is about, if it is about one that should be there.
+    pub fn device(&self) -> Option<&DeviceName> {
+        match self {
+            Self::Load { device, .. }
+            | Self::Clear { device }
+            | Self::Suspend { device, .. }
+            | Self::Resume { device, .. }
+            | Self::Remove { device, .. }
+            | Self::Rename { device, .. }
+            | Self::SetUuid { device, .. }
+            | Self::Info { device }
+            | Self::Table { device, .. }
+            | Self::Status { device, .. }
+            | Self::Deps { device, .. }
+            | Self::Wait { device, .. }
+            | Self::Message { device, .. } => Some(device),
+            Self::Version | Self::Create { .. } | Self::List | Self::Targets => None,
+        }
+    }
+}
+
 /// What a device is named by.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

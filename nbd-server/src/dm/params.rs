@@ -87,18 +87,16 @@ pub fn print(target: &Target, name: &dyn Fn(Lower) -> String) -> String {
     match target {
         Target::Linear { lower, start } => format!("{} {start}", name(lower)),
         Target::Striped { chunk, stripes } => {
-            let mut text = format!("{} {chunk}", stripes.len());
-            for (lower, start) in stripes {
-                text.push_str(&format!(" {} {start}", name(lower)));
-            }
-            text
+            let stripe = |(lower, start): &(Lower, u64)| format!("{} {start}", name(lower));
+            let stripes: Vec<String> = stripes.iter().map(stripe).collect();
+            format!("{} {chunk} {}", stripes.len(), stripes.join(" "))
         }
         Target::Zero | Target::Error => String::new(),
         Target::SnapshotOrigin { origin } => name(origin),
         Target::Snapshot(pair) | Target::SnapshotMerge(pair) => {
             let persistence = pair.persistence.word();
             let (origin, cow) = (name(&pair.origin), name(&pair.cow));
-            let mut text = format!("{origin} {cow} {persistence} {}", pair.chunk);
+            let args = format!("{origin} {cow} {persistence} {}", pair.chunk);
             let features: Vec<&str> = [
                 (pair.discard_zeroes_cow, ZEROES_COW),
                 (pair.discard_passdown_origin, PASSDOWN_ORIGIN),
@@ -106,10 +104,10 @@ pub fn print(target: &Target, name: &dyn Fn(Lower) -> String) -> String {
             .into_iter()
             .filter_map(|(wanted, name)| wanted.then_some(name))
             .collect();
-            if !features.is_empty() {
-                text.push_str(&format!(" {} {}", features.len(), features.join(" ")));
+            match features.len() {
+                0 => args,
+                count => format!("{args} {count} {}", features.join(" ")),
             }
-            text
         }
     }
 }
@@ -135,11 +133,11 @@ fn striped(len: u64, args: &[&str], resolve: &mut Resolve<'_>) -> Result<Target,
     let count = u64::from(count.ok_or(TargetError::new("Invalid stripe count"))?);
     let chunk = number(chunk).filter(|chunk| *chunk != 0);
     let chunk = u64::from(chunk.ok_or(TargetError::new("Invalid chunk_size"))?);
-    if len % count != 0 {
+    if !len.is_multiple_of(count) {
         let why = "Target length not divisible by number of stripes";
         return Err(TargetError::new(why));
     }
-    if (len / count) % chunk != 0 {
+    if !(len / count).is_multiple_of(chunk) {
         let why = "Target length not divisible by chunk size";
         return Err(TargetError::new(why));
     }

@@ -330,9 +330,10 @@ pub(super) fn rename(session: &mut Session<'_>) -> Step {
 pub(super) fn message(session: &mut Session<'_>) -> Step {
     let mut words = session.words.clone().into_iter();
     let switches = &session.switches;
-    let word = match switches.uuid.is_some() || switches.major.is_some() {
-        true => None,
-        false => words.next(),
+    let word = if switches.uuid.is_some() || switches.major.is_some() {
+        None
+    } else {
+        words.next()
     };
     let device = session.device(word.as_deref())?;
     let sector = words.next().unwrap_or_default();

@@ -181,7 +181,7 @@ words! {
 }
 words! {
     /// Something to say.
-    Message {
+    Said {
         /// The device.
         #[arg(value_name = "DEVICE")]
         device,
@@ -190,7 +190,7 @@ words! {
         sector,
         /// What to say.
         #[arg(value_name = "MESSAGE")]
-        message,
+        text,
     }
 }
 words! {
@@ -315,7 +315,7 @@ Examples:
     Version(Nothing),
     /// Say something to a target. None of those that there are listens.
     #[command(args = shown(&NAMED))]
-    Message(Message),
+    Message(Said),
     /// Does nothing: devices are exports, and have no nodes.
     Mknodes(Devices),
     /// Does nothing: all names are in correct form.

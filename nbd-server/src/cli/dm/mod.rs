@@ -4,7 +4,7 @@
 //! - [`line`]: the command line; every switch may stand anywhere on it.
 //! - [`session`]: what is asked of the server, how its refusals are worded, and how
 //!   devices are named.
-//! - [`change`]: the verbs that change something; [`show`]: those that tell.
+//! - [`perform`]: device by device; [`change`]: the verbs that change something; [`show`]: those that tell.
 //! - [`report`]: the columns of `info -c`; [`tree`]: `ls --tree`.
 //! - [`text`]: tables as they are written; [`name`]: names as the kernel keeps them.
 //!
@@ -16,6 +16,7 @@
 mod change;
 mod line;
 mod name;
+mod perform;
 mod report;
 mod session;
 mod show;
@@ -62,7 +63,7 @@ struct Done {
 
 fn execute(line: Line, world: &mut dyn World) -> Done {
     let mut session = session::Session::new(line, world);
-    let ended = show::perform(&mut session);
+    let ended = perform::perform(&mut session);
     Done {
         out: session.out,
         err: session.err,

@@ -2,6 +2,8 @@
 //! like as `\xNN`, and reads them back. Here a name is what it reads; what the kernel
 //! would keep decides the order of lists, and stands in messages.
 
+use super::session::add;
+
 /// Bytes that a name can have, the zero at its end included.
 const NAME_MAX: usize = 128;
 /// The same for a uuid.
@@ -67,7 +69,7 @@ pub(super) fn mangled(text: &str) -> String {
         }
         match bytes[at] {
             byte if is_plain(byte) => kept.push(char::from(byte)),
-            byte => kept.push_str(&format!("\\x{byte:02x}")),
+            byte => add(&mut kept, format_args!("\\x{byte:02x}")),
         }
         at += 1;
     }

@@ -293,7 +293,7 @@ impl Report {
         } else {
             self.in_columns(&cells, &widths)
         };
-        lines.iter().map(|line| format!("{line}\n")).collect()
+        lines.iter().flat_map(|line| [line, "\n"]).collect()
     }
 
     fn widths(&self, cells: &[Vec<String>]) -> Vec<usize> {
@@ -308,9 +308,9 @@ impl Report {
     fn in_columns(&self, cells: &[Vec<String>], widths: &[usize]) -> Vec<String> {
         let mut lines = Vec::new();
         if self.has_headings {
-            let heading = |(field, width): (&&Field, &usize)| match self.is_aligned {
-                true => format!("{:<width$}", field.heading),
-                false => field.heading.to_owned(),
+            let heading = |(field, width): (&&Field, &usize)| {
+                let width = if self.is_aligned { *width } else { 0 };
+                format!("{:<width$}", field.heading)
             };
             let headings = self.fields.iter().zip(widths).map(heading);
             lines.push(headings.collect::<Vec<_>>().join(&self.separator));

@@ -138,7 +138,7 @@ impl<'a> Session<'a> {
 
     /// A line on standard error.
     pub(super) fn complain(&mut self, line: impl fmt::Display) {
-        self.err.push_str(&format!("{line}\n"));
+        add(&mut self.err, format_args!("{line}\n"));
     }
 
     /// A line on standard error, and no further.
@@ -304,6 +304,11 @@ impl<'a> Session<'a> {
             Err(line) => self.stop(line),
         }
     }
+}
+
+/// Write more.
+pub(super) fn add(text: &mut String, more: fmt::Arguments<'_>) {
+    fmt::Write::write_fmt(text, more).expect("memory takes it");
 }
 
 /// The server's answer does not belong to the order.

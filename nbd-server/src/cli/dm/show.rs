@@ -1,174 +1,19 @@
-//! What is done with a command line, device by device, and the verbs that tell
-//! something.
+//! The verbs that tell something: dmsetup's texts of what the server answers.
 
 use libc::ENXIO;
 
-use super::change;
 use super::line::Verb;
 use super::report::{Report, Row};
-use super::session::{Device, Label, Session, Step, Stop, beside_the_point};
+use super::session::{Device, Label, Session, Step, Stop, add, beside_the_point};
 use super::{name, tree};
-use crate::cli::Failure;
 use crate::control::dm::{DmAnswer, DmDep, DmInfo, DmOrder, DmTarget, TextLine};
 
 /// Sectors that Linux reads ahead where nobody has said otherwise: dmsetup asks the
 /// device's node for it, which exports do not have.
 pub(super) const READ_AHEAD: u32 = 256;
 
-/// How often a verb may be said for devices, and how many words it takes.
-struct Shape {
-    least: usize,
-    most: Option<usize>,
-    repeats: bool,
-}
-
-fn shape(verb: Verb) -> Shape {
-    let (least, most, repeats) = match verb {
-        Verb::Create | Verb::Load | Verb::Wait => (0, Some(2), false),
-        Verb::Rename => (1, Some(2), false),
-        Verb::Message => (2, None, false),
-        Verb::RemoveAll | Verb::Ls | Verb::Targets | Verb::Version => (0, Some(0), false),
-        Verb::TargetVersion => (1, None, true),
-        Verb::Clear
-        | Verb::Suspend
-        | Verb::Resume
-        | Verb::Remove
-        | Verb::WipeTable
-        | Verb::Table
-        | Verb::Status
-        | Verb::Info
-        | Verb::Deps
-        | Verb::Mknodes
-        | Verb::Mangle => (0, None, true),
-    };
-    Shape {
-        least,
-        most,
-        repeats,
-    }
-}
-
-/// Do what the line says.
-pub(super) fn perform(session: &mut Session<'_>) -> Result<(), Failure> {
-    let ended = all(session);
-    if let Some(report) = session.report.take() {
-        session.out.push_str(&report.text());
-    }
-    match ended {
-        Ok(()) => Ok(()),
-        Err(Stop::Said) => Err(Failure::Found),
-        Err(Stop::Lost(failure)) => Err(failure),
-    }
-}
-
-fn all(session: &mut Session<'_>) -> Step {
-    let shape = shape(session.verb);
-    let count = session.words.len();
-    if let Err(line) = senseless(session) {
-        session.complain(line);
-        return session.stop("Couldn't process command line.");
-    }
-    if count < shape.least || shape.most.is_some_and(|most| count > most) {
-        return session.stop("Incorrect number of arguments.");
-    }
-    if session.switches.columns && session.verb == Verb::Info {
-        match Report::new(&session.switches) {
-            Ok(report) => session.report = Some(report),
-            Err(lines) => return session.stop(lines),
-        }
-    }
-    let switches = &session.switches;
-    let is_named = switches.uuid.is_some() || switches.major.is_some();
-    session.many = shape.repeats && count != 1 && (count > 0 || !is_named);
-    let ended = if shape.repeats && count > 0 {
-        let words = session.words.clone();
-        words.iter().try_for_each(|word| once(session, Some(word)))
-    } else {
-        once(session, None)
-    };
-    if let Err(Stop::Said) = ended {
-        session.complain("Command failed.");
-    }
-    ended
-}
-
-/// What is wrong with the switches as a whole.
-fn senseless(session: &Session<'_>) -> Result<(), String> {
-    let switches = &session.switches;
-    if switches.major.is_some() != switches.minor.is_some() {
-        return Err("Please specify both major number and minor number.".into());
-    }
-    if switches.table.is_some() && switches.notable {
-        return Err("--table and --notable are incompatible.".into());
-    }
-    if switches.accepted.addnodeonresume && switches.accepted.addnodeoncreate {
-        return Err("--addnodeonresume and --addnodeoncreate are incompatible.".into());
-    }
-    if switches.accepted.exec.is_some() {
-        return Err("--exec is not offered: use the output of 'ls' in a loop.".into());
-    }
-    if switches.accepted.select.is_some() {
-        return Err("--select is not offered: use --options and --sort.".into());
-    }
-    if switches.tree {
-        tree::Style::of(session).map(drop)
-    } else if switches.columns {
-        Ok(())
-    } else {
-        Naming::of(switches.options.as_deref()).map(drop)
-    }
-}
-
-/// Once, for a device or for the whole line.
-fn once(session: &mut Session<'_>, word: Option<&str>) -> Step {
-    let is_named = session.switches.uuid.is_some() || session.switches.major.is_some();
-    let is_all = word.is_none() && !is_named;
-    match session.verb {
-        Verb::Create => change::create(session),
-        Verb::Load => change::load(session),
-        Verb::Clear => change::simple(session, word, "clear", change::clear),
-        Verb::Suspend => change::simple(session, word, "suspend", change::suspend),
-        Verb::Resume => change::simple(session, word, "resume", change::resume),
-        Verb::Remove => change::remove(session, word),
-        Verb::RemoveAll => change::remove_all(session),
-        Verb::WipeTable => change::wipe(session, word),
-        Verb::Rename => change::rename(session),
-        Verb::Message => change::message(session),
-        Verb::Table | Verb::Status | Verb::Info | Verb::Deps | Verb::Mangle if is_all => {
-            every_device(session)
-        }
-        Verb::Table | Verb::Status | Verb::Info | Verb::Deps | Verb::Mangle => {
-            let device = session.device(word)?;
-            of_device(session, &device, word)
-        }
-        Verb::Ls => ls(session),
-        Verb::Wait => wait(session),
-        Verb::Targets => targets(session),
-        Verb::TargetVersion => target_version(session, word.unwrap_or_default()),
-        Verb::Version => version(session),
-        Verb::Mknodes => Ok(()),
-    }
-}
-
-/// For each device that there is; one that fails does not stop the others.
-fn every_device(session: &mut Session<'_>) -> Step {
-    let names = session.list()?;
-    if names.is_empty() {
-        session.out.push_str("No devices found\n");
-        return Ok(());
-    }
-    let mut ended = Ok(());
-    for one in names {
-        match of_device(session, &Device::known(&one.name), Some(&one.name)) {
-            Err(Stop::Said) => ended = Err(Stop::Said),
-            other => other?,
-        }
-    }
-    ended
-}
-
 /// A verb that tells something of a device; `word` is how it was named.
-fn of_device(session: &mut Session<'_>, device: &Device, word: Option<&str>) -> Step {
+pub(super) fn of_device(session: &mut Session<'_>, device: &Device, word: Option<&str>) -> Step {
     match session.verb {
         Verb::Table | Verb::Status => lines(session, device, word),
         Verb::Info => {
@@ -241,14 +86,12 @@ fn lines(session: &mut Session<'_>, device: &Device, word: Option<&str>) -> Step
         (true, Some(word)) => format!("{word}: "),
         _ => String::new(),
     };
-    let mut text: String = wanted
-        .iter()
-        .map(|line| format!("{prefix}{}\n", shown(line)))
-        .collect();
-    if wanted.is_empty() {
-        text = format!("{prefix}\n");
+    for line in &wanted {
+        add(&mut session.out, format_args!("{prefix}{}\n", shown(line)));
     }
-    session.out.push_str(&text);
+    if wanted.is_empty() {
+        add(&mut session.out, format_args!("{prefix}\n"));
+    }
     if session.many && is_verbose {
         session.out.push('\n');
     }
@@ -282,7 +125,10 @@ fn concise(session: &mut Session<'_>, device: &DmInfo, lines: &[&TextLine]) {
     let mut text = format!("{name},{uuid},{},{mode}", device.minor);
     for line in lines {
         let (start, len, target) = (line.start, line.len, &line.target);
-        text.push_str(&format!(",{start} {len} {target} {}", quoted(&line.params)));
+        add(
+            &mut text,
+            format_args!(",{start} {len} {target} {}", quoted(&line.params)),
+        );
     }
     if session.out.ends_with('\n') {
         session.out.pop();
@@ -336,14 +182,16 @@ pub(super) fn info(session: &mut Session<'_>, device: &DmInfo) {
 }
 
 fn long(device: &DmInfo) -> String {
-    let state = match device.suspended {
-        true => "SUSPENDED",
-        false => "ACTIVE",
+    let state = if device.suspended {
+        "SUSPENDED"
+    } else {
+        "ACTIVE"
     };
     let read_only = if device.read_only { " (READ-ONLY)" } else { "" };
-    let deferred = match device.deferred_remove {
-        true => " (DEFERRED REMOVE)",
-        false => "",
+    let deferred = if device.deferred_remove {
+        " (DEFERRED REMOVE)"
+    } else {
+        ""
     };
     let tables = match (device.live_table, device.inactive_table) {
         (true, true) => "LIVE & INACTIVE",
@@ -352,20 +200,33 @@ fn long(device: &DmInfo) -> String {
         (false, false) => "None",
     };
     let mut text = format!("Name:              {}\n", device.name);
-    text.push_str(&format!(
-        "State:             {state}{read_only}{deferred}\n"
-    ));
+    add(
+        &mut text,
+        format_args!("State:             {state}{read_only}{deferred}\n"),
+    );
     if tables != "None" {
-        text.push_str(&format!("Read Ahead:        {READ_AHEAD}\n"));
+        add(&mut text, format_args!("Read Ahead:        {READ_AHEAD}\n"));
     }
-    text.push_str(&format!("Tables present:    {tables}\n"));
-    text.push_str(&format!("Open count:        {}\n", device.open_count));
-    text.push_str(&format!("Event number:      {}\n", device.event_nr));
+    add(&mut text, format_args!("Tables present:    {tables}\n"));
+    add(
+        &mut text,
+        format_args!("Open count:        {}\n", device.open_count),
+    );
+    add(
+        &mut text,
+        format_args!("Event number:      {}\n", device.event_nr),
+    );
     let (major, minor) = (device.major, device.minor);
-    text.push_str(&format!("Major, minor:      {major}, {minor}\n"));
-    text.push_str(&format!("Number of targets: {}\n", device.target_count));
+    add(
+        &mut text,
+        format_args!("Major, minor:      {major}, {minor}\n"),
+    );
+    add(
+        &mut text,
+        format_args!("Number of targets: {}\n", device.target_count),
+    );
     if !device.uuid.is_empty() {
-        text.push_str(&format!("UUID: {}\n", device.uuid));
+        add(&mut text, format_args!("UUID: {}\n", device.uuid));
     }
     text.push('\n');
     text
@@ -373,7 +234,7 @@ fn long(device: &DmInfo) -> String {
 
 /// How `ls` and `deps` name devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Naming {
+pub(super) enum Naming {
     /// By numbers.
     Number,
     /// As block devices.
@@ -384,7 +245,7 @@ enum Naming {
 
 impl Naming {
     /// The last one that is named counts; each can be shortened.
-    fn of(options: Option<&str>) -> Result<Self, String> {
+    pub(super) fn of(options: Option<&str>) -> Result<Self, String> {
         let mut naming = Self::Number;
         for option in options.unwrap_or_default().split(',') {
             naming = if "devno".starts_with(option) {
@@ -423,18 +284,17 @@ fn deps(session: &mut Session<'_>, device: &Device, word: Option<&str>) -> Step 
         (true, Some(word)) => format!("{word}: "),
         _ => String::new(),
     };
-    text.push_str(&format!("{} dependencies\t:", deps.len()));
+    add(&mut text, format_args!("{} dependencies\t:", deps.len()));
     for dep in &deps {
-        text.push_str(&match (dep, naming) {
+        let shown = match (dep, naming) {
             (
                 DmDep::Mapped { major, minor, .. } | DmDep::Block { major, minor, .. },
                 Naming::Number,
-            ) => {
-                format!(" ({major}, {minor})")
-            }
-            (DmDep::Mapped { name, .. }, Naming::Mapped) => format!(" ({name})"),
-            (dep, _) => format!(" ({})", block_name(dep)),
-        });
+            ) => format!("{major}, {minor}"),
+            (DmDep::Mapped { name, .. }, Naming::Mapped) => name.clone(),
+            (dep, _) => block_name(dep),
+        };
+        add(&mut text, format_args!(" ({shown})"));
     }
     session.out.push_str(&text);
     session.out.push('\n');
@@ -467,13 +327,14 @@ fn mangle(session: &mut Session<'_>, device: &Device) -> Step {
         uuid => (uuid, "and UUID "),
     };
     let name = name::mangled(&info.name);
-    session.out.push_str(&format!(
-        "{name}: {uuid}: name {and_uuid}already in correct form\n"
-    ));
+    add(
+        &mut session.out,
+        format_args!("{name}: {uuid}: name {and_uuid}already in correct form\n"),
+    );
     Ok(())
 }
 
-fn ls(session: &mut Session<'_>) -> Step {
+pub(super) fn ls(session: &mut Session<'_>) -> Step {
     if session.switches.target.is_some() {
         return ls_target(session);
     }
@@ -500,7 +361,7 @@ fn ls(session: &mut Session<'_>) -> Step {
             Naming::Mapped if has_name => one.name.clone(),
             _ => format!("{}:{}", one.major, one.minor),
         };
-        session.out.push_str(&format!("{}\t({shown})\n", one.name));
+        add(&mut session.out, format_args!("{}\t({shown})\n", one.name));
     }
     Ok(())
 }
@@ -525,22 +386,25 @@ fn ls_target(session: &mut Session<'_>) -> Step {
         };
         if lines.iter().any(|line| line.target == wanted) {
             let (name, major, minor) = (one.name, one.major, one.minor);
-            session
-                .out
-                .push_str(&format!("{name}\t({major}, {minor})\n"));
+            add(
+                &mut session.out,
+                format_args!("{name}\t({major}, {minor})\n"),
+            );
         }
     }
     Ok(())
 }
 
 /// `wait DEVICE [EVENT_NR]`.
-fn wait(session: &mut Session<'_>) -> Step {
+pub(super) fn wait(session: &mut Session<'_>) -> Step {
     let mut words = session.words.clone();
     let is_named = session.switches.uuid.is_some() || session.switches.major.is_some();
-    let word = match is_named {
-        true => None,
-        false if words.is_empty() => return session.stop("No device specified."),
-        false => Some(words.remove(0)),
+    let word = if is_named {
+        None
+    } else if words.is_empty() {
+        return session.stop("No device specified.");
+    } else {
+        Some(words.remove(0))
     };
     let device = session.device(word.as_deref())?;
     let number = words.last().map(String::as_str).unwrap_or_default();
@@ -568,19 +432,20 @@ fn known_targets(session: &mut Session<'_>) -> Step<Vec<DmTarget>> {
 fn tell_target(session: &mut Session<'_>, target: &DmTarget) {
     let [major, minor, patch] = target.version;
     let name = &target.name;
-    session
-        .out
-        .push_str(&format!("{name:<16} v{major}.{minor}.{patch}\n"));
+    add(
+        &mut session.out,
+        format_args!("{name:<16} v{major}.{minor}.{patch}\n"),
+    );
 }
 
-fn targets(session: &mut Session<'_>) -> Step {
+pub(super) fn targets(session: &mut Session<'_>) -> Step {
     for target in known_targets(session)? {
         tell_target(session, &target);
     }
     Ok(())
 }
 
-fn target_version(session: &mut Session<'_>, wanted: &str) -> Step {
+pub(super) fn target_version(session: &mut Session<'_>, wanted: &str) -> Step {
     let targets = known_targets(session)?;
     match targets.iter().find(|target| target.name == wanted) {
         Some(target) => {
@@ -594,16 +459,18 @@ fn target_version(session: &mut Session<'_>, wanted: &str) -> Step {
 }
 
 /// `version`: whose words these are, and how the device-mapper is to be taken.
-fn version(session: &mut Session<'_>) -> Step {
+pub(super) fn version(session: &mut Session<'_>) -> Step {
     let program = env!("CARGO_PKG_VERSION");
-    session.out.push_str(&format!(
-        "Library version:   1.02.185 (nbdsnap {program})\n"
-    ));
+    add(
+        &mut session.out,
+        format_args!("Library version:   1.02.185 (nbdsnap {program})\n"),
+    );
     match session.order("version", &Label::default(), DmOrder::Version)? {
         DmAnswer::Version { version } => {
-            session
-                .out
-                .push_str(&format!("Driver version:    {version}\n"));
+            add(
+                &mut session.out,
+                format_args!("Driver version:    {version}\n"),
+            );
             Ok(())
         }
         _ => Err(beside_the_point()),

@@ -150,9 +150,13 @@ pub(super) fn show(session: &mut Session<'_>) -> Step {
         session.out.push_str("No devices found\n");
         return Ok(());
     }
-    let is_root = |node: &Node| match style.is_inverted {
-        true => node.below.is_empty(),
-        false => node.above.is_empty(),
+    let is_root = |node: &Node| {
+        let before = if style.is_inverted {
+            &node.below
+        } else {
+            &node.above
+        };
+        before.is_empty()
     };
     let roots = (0..nodes.len()).filter(|index| is_root(&nodes[*index]));
     let mut drawing = Drawing {
@@ -182,13 +186,13 @@ fn nodes(session: &mut Session<'_>) -> Step<Vec<Node>> {
             major: one.major,
             minor: one.minor,
         };
-        add(session, &mut nodes, what)?;
+        add(session, &mut nodes, &what)?;
     }
     Ok(nodes)
 }
 
-fn add(session: &mut Session<'_>, nodes: &mut Vec<Node>, what: DmDep) -> Step<usize> {
-    if let Some(index) = nodes.iter().position(|node| node.what == what) {
+fn add(session: &mut Session<'_>, nodes: &mut Vec<Node>, what: &DmDep) -> Step<usize> {
+    if let Some(index) = nodes.iter().position(|node| node.what == *what) {
         return Ok(index);
     }
     let index = nodes.len();
@@ -198,7 +202,7 @@ fn add(session: &mut Session<'_>, nodes: &mut Vec<Node>, what: DmDep) -> Step<us
         below: Vec::new(),
         above: Vec::new(),
     });
-    let DmDep::Mapped { name, .. } = &what else {
+    let DmDep::Mapped { name, .. } = what else {
         return Ok(index);
     };
     let device = Device::known(name);
@@ -212,7 +216,7 @@ fn add(session: &mut Session<'_>, nodes: &mut Vec<Node>, what: DmDep) -> Step<us
     };
     nodes[index].info = Some(device);
     for dep in deps {
-        let below = add(session, nodes, dep)?;
+        let below = add(session, nodes, &dep)?;
         nodes[index].below.push(below);
         nodes[below].above.push(index);
     }
@@ -267,9 +271,10 @@ impl Drawing<'_> {
         }
         for (place, index) in indices.iter().enumerate() {
             let node = &self.nodes[*index];
-            let below = match self.style.is_inverted {
-                true => &node.above,
-                false => &node.below,
+            let below = if self.style.is_inverted {
+                &node.above
+            } else {
+                &node.below
             };
             // A node without a name shows only where numbers or block names do.
             let is_named = matches!(node.what, DmDep::Mapped { .. });

@@ -23,6 +23,8 @@ fn read(target: &str, len: u64, params: &str) -> Result<Target, TargetError> {
     parse(target, len, params, &mut device)
 }
 
+const STORE: &str = "Couldn't create exception store: ";
+
 /// The error's number and words.
 fn refusal(target: &str, len: u64, params: &str) -> (i32, String) {
     let error = read(target, len, params).expect_err(params);
@@ -54,6 +56,7 @@ fn every_target_is_read() {
 
 #[test]
 fn snapshots_are_read_with_their_features() {
+    use Persistence::{Persistent, PersistentOverflow, Transient};
     let pair = |persistence, chunk| Pair {
         origin: disk('o'),
         cow: disk('c'),
@@ -62,7 +65,6 @@ fn snapshots_are_read_with_their_features() {
         discard_zeroes_cow: false,
         discard_passdown_origin: false,
     };
-    use Persistence::{Persistent, PersistentOverflow, Transient};
     for (params, wanted) in [
         ("P 16", pair(Persistent, 16)),
         ("p 0", pair(Persistent, 0)),
@@ -176,7 +178,6 @@ fn what_is_wrong_is_said_as_the_kernel_says_it() {
 
 #[test]
 fn what_is_wrong_with_a_snapshot_is_said_in_the_kernels_order() {
-    const STORE: &str = "Couldn't create exception store: ";
     for (params, errno, why) in [
         ("", EINVAL, "requires 4 or more arguments".to_owned()),
         (

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
+use crate::control::dm::{DeviceName, DmOrder};
 use crate::control::protocol::{Order, SnapshotName};
 
 /// What an order concerns.
@@ -69,8 +70,22 @@ impl Scope {
             | Order::VolumeList
             | Order::Clients
             | Order::Disconnect(_)
-            | Order::Events(_)
-            | Order::Dm(_) => Self::nothing(),
+            | Order::Events(_) => Self::nothing(),
+            Order::Dm(order) => Self::of_dm(order),
+        }
+    }
+
+    /// What changes a volume or its snapshots, should the order be about one; mapped
+    /// devices are the device-mapper's to keep apart.
+    fn of_dm(order: &DmOrder) -> Self {
+        match order {
+            DmOrder::Suspend { device, .. }
+            | DmOrder::Resume { device, .. }
+            | DmOrder::Remove { device, .. } => match device {
+                DeviceName::Name(name) => Self::volume(name.split('@').next().unwrap_or(name)),
+                DeviceName::Uuid(_) | DeviceName::Number { .. } => Self::nothing(),
+            },
+            _ => Self::nothing(),
         }
     }
 

@@ -215,6 +215,9 @@ impl Administrator {
 
 impl Turn<'_> {
     fn execute(&mut self, order: Order) -> Result<Answer, Refused> {
+        if let Some(done) = self.on_mapped(&order) {
+            return done;
+        }
         match order {
             Order::SnapshotCreate(create) => self.create(&create),
             Order::SnapshotList(selection) => self.report_snapshots(&selection),

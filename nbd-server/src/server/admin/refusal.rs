@@ -77,6 +77,8 @@ pub(super) enum Refused {
     ExtendBy(SnapshotName),
     #[error("{0} keeps its size: {1}")]
     NotResized(String, String),
+    #[error("{0}")]
+    Mapped(String),
     #[error("{0} is suspended already")]
     Suspended(String),
     #[error("{0} is suspended: resume it first")]

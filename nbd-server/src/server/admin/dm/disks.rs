@@ -16,6 +16,9 @@ use crate::server::admin::turn::Turn;
 /// The folder that the kernel shows its mapped devices in.
 const FOLDER: &str = "/dev/mapper/";
 
+/// Minor numbers from here on are those of volumes and their snapshots.
+const FIRST_SERVED: u32 = 1 << 19;
+
 /// The disks that are open.
 #[derive(Debug, Default)]
 pub(in crate::server::admin) struct DmDisks {
@@ -23,6 +26,8 @@ pub(in crate::server::admin) struct DmDisks {
     /// How many tables are being loaded that may name disks from so many on: none of
     /// these is closed.
     loads: u32,
+    /// Minor numbers of volumes and their snapshots, by their exports.
+    served: BTreeMap<String, u32>,
 }
 
 #[derive(Debug)]
@@ -55,6 +60,32 @@ impl DmDisks {
             Some(DmDisk { path, .. }) => path.display().to_string(),
             None => "?".into(),
         }
+    }
+
+    /// Where a disk is.
+    pub(super) fn path_of(&self, lower: Lower) -> String {
+        match lower {
+            Lower::Disk(id) => match self.disks.get(&id) {
+                Some(disk) => disk.path.display().to_string(),
+                None => "?".into(),
+            },
+            Lower::Device(_) => self.text_of(lower),
+        }
+    }
+
+    /// The minor number by which `dm` calls a volume or a snapshot, as long as the
+    /// server runs.
+    pub(super) fn minor_of(&mut self, export: &str) -> u32 {
+        let next = FIRST_SERVED + self.served.len() as u32;
+        *self.served.entry(export.to_owned()).or_insert(next)
+    }
+
+    /// What it calls so.
+    pub(super) fn served_by(&self, minor: u32) -> Option<String> {
+        let mut served = self.served.iter();
+        served
+            .find(|(_, one)| **one == minor)
+            .map(|(name, _)| name.clone())
     }
 
     /// What a table calls it.

@@ -9,6 +9,7 @@
 
 mod disks;
 mod stores;
+mod views;
 mod words;
 
 use std::sync::mpsc::{Receiver, channel};
@@ -85,6 +86,9 @@ impl Turn<'_> {
     }
 
     fn dm_order(&mut self, order: DmOrder) -> Done<DmAnswer> {
+        if let Some(export) = order.device().and_then(|device| self.served(device)) {
+            return self.dm_served(&export, &order);
+        }
         match order {
             DmOrder::Version => Ok(words::version()),
             DmOrder::Targets => Ok(words::targets()),
@@ -250,7 +254,10 @@ impl Turn<'_> {
 
     fn dm_list(&mut self) -> Done<DmAnswer> {
         let devices = self.mapped(|mapped| mapped.mapper().devices())?;
-        Ok(DmAnswer::Names(devices.iter().map(words::name).collect()))
+        let mut names: Vec<_> = devices.iter().map(words::name).collect();
+        names.extend(self.served_names());
+        names.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(DmAnswer::Names(names))
     }
 
     fn dm_create(
