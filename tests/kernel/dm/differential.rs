@@ -38,7 +38,7 @@ fn with_probes(steps: &[Step]) -> (usize, Vec<Step>) {
 }
 
 /// The kernel's answers.
-pub fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]) -> Vec<Outcome> {
+pub(super) fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]) -> Vec<Outcome> {
     let (probes, steps) = with_probes(steps);
     let mut vm = Vm::new(machine);
     for disk in disks {
@@ -61,19 +61,19 @@ pub fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]) -> Ve
 }
 
 /// nbdsnap's answers.
-pub fn on_nbdsnap(folder: &Path, disks: &[PathBuf], steps: &[Step]) -> Vec<Outcome> {
+pub(super) fn on_nbdsnap(folder: &Path, disks: &[PathBuf], steps: &[Step]) -> Vec<Outcome> {
     let (probes, steps) = with_probes(steps);
     let server = Serve::on_socket_in(folder).control_in(folder).start();
     let control = server.control().display().to_string();
-    let side = Side {
-        program: vec![program().display().to_string(), "dm".to_owned()],
-        environment: vec![("NBDSNAP_CONTROL".to_owned(), control)],
+    let mut side = Side {
+        program: ["dm", "--control", &control].map(str::to_owned).to_vec(),
         disks: disks
             .iter()
             .map(|disk| disk.display().to_string())
             .collect(),
         devices: Devices::Exports(folder.join("nbd.sock").display().to_string()),
     };
+    side.program.insert(0, program().display().to_string());
     let began = Instant::now();
     let outcomes = steps.iter().map(|step| side.play(step)).collect();
     println!("nbdsnap: {} steps in {:.0?}", steps.len(), began.elapsed());

@@ -12,7 +12,6 @@ trace() {
 
 # A server of nbdsnap without any disk, which takes orders.
 serve_dm() {
-    export NBDSNAP_CONTROL=/run/nbdsnap.control
     modprobe nbd
     nbdsnap serve --listen $ADDRESS >/tmp/exports 2>>/tmp/server.log &
     server=$!

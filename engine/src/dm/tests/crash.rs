@@ -165,7 +165,9 @@ impl Rig {
     fn read(&mut self, lower: Lower) -> Vec<u8> {
         let len = self.mapper.bytes_of(lower);
         let read = self.ask(lower, Command::Read { offset: 0, len }).unwrap();
-        read.chunks(SECTOR as usize).map(|sector| sector[0]).collect()
+        read.chunks(SECTOR as usize)
+            .map(|sector| sector[0])
+            .collect()
     }
 
     fn lower(&self, name: &str) -> Lower {
@@ -340,14 +342,16 @@ fn traffic(rig: &mut Rig, plan: &mut Plan, views: &mut BTreeMap<String, View>) {
         }
         let sector = rig.rng.below(46);
         let len = 1 + rig.rng.below(2);
-        let overlaps = |(other, at, _, _): &(String, u64, u64, u8)| {
-            *other == name && at.abs_diff(sector) < 4
-        };
+        let overlaps =
+            |(other, at, _, _): &(String, u64, u64, u8)| *other == name && at.abs_diff(sector) < 4;
         if under_way.values().any(overlaps) {
             continue;
         }
         let byte = 10 + (round * 3 + rig.next) as u8 % 240;
-        views.get_mut(&name).expect("it is there").write(sector, len, byte);
+        views
+            .get_mut(&name)
+            .expect("it is there")
+            .write(sector, len, byte);
         let id = rig.hand_in(lower, write(sector, len, byte));
         under_way.insert(id, (name, sector, len, byte));
         for _ in 0..rig.rng.below(12) {

@@ -29,8 +29,6 @@ const O_DIRECT: i32 = 0o40_000;
 pub struct Side {
     /// The program and the words before dmsetup's.
     pub program: Vec<String>,
-    /// Variables of its environment.
-    pub environment: Vec<(String, String)>,
     /// The paths of the disks `@a`, `@b`, ...
     pub disks: Vec<String>,
     /// How devices are read and written.
@@ -51,7 +49,6 @@ impl Side {
     pub fn kernel(disks: Vec<String>) -> Self {
         Self {
             program: vec!["dmsetup".to_owned()],
-            environment: Vec::new(),
             disks,
             devices: Devices::Mapper,
         }
@@ -94,7 +91,6 @@ impl Side {
         command
             .args(&self.program[1..])
             .args(args.iter().map(|arg| self.with_disks(arg)))
-            .envs(self.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -8,13 +8,13 @@ use regex::{Captures, Regex};
 
 use super::step::{Outcome, Step};
 
-/// The numbers by which one side names devices.
+/// What one side calls devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Numbers {
     /// dm's major number.
     pub dm: u64,
-    /// Major and minor of the disks `@a`, `@b`, ...
-    pub disks: Vec<(u64, u64)>,
+    /// What tables say for the disks `@a`, `@b`, ...: `MAJOR:MINOR`, or a file's path.
+    pub disks: Vec<String>,
 }
 
 /// Steps that ask a side for its numbers; a device of this name must not be there.
@@ -31,7 +31,7 @@ pub fn probes(disks: usize) -> Vec<Step> {
             "major",
             "probe",
         ]));
-        steps.push(Step::dm(["deps", "probe"]));
+        steps.push(Step::dm(["table", "probe"]));
         steps.push(Step::dm(["remove", "probe"]));
     }
     steps
@@ -47,11 +47,8 @@ impl Numbers {
                 assert_eq!(outcome.code, 0, "a side cannot be asked: {outcome}");
             }
             dm = probe[1].out[0].trim().parse().expect("a major number");
-            let deps = numbers_in(&probe[2].out[0]);
-            let [_, major, minor] = deps[..] else {
-                panic!("no dependency: {}", probe[2]);
-            };
-            disks.push((major, minor));
+            let disk = probe[2].out[0].split_whitespace().nth(3);
+            disks.push(disk.expect("the disk of a linear line").to_owned());
         }
         Self { dm, disks }
     }
@@ -70,16 +67,16 @@ impl Numbers {
         static COLUMNS: OnceLock<Regex> = OnceLock::new();
         // 254:3, (254, 3), (254:3) and `Major, minor: 254, 3`.
         let pair = PAIR.get_or_init(|| Regex::new(r"\b(\d+)(:|, )(\d+)\b").expect("a pattern"));
-        // The default columns of `info -c`: a name, the major and the minor number.
-        let columns = COLUMNS
-            .get_or_init(|| Regex::new(r"^(\S+) +(\d+) +(\d+) ([L-][I-])").expect("a pattern"));
-        let line = pair.replace_all(line, |found: &Captures<'_>| {
-            let number = |at: usize| found[at].parse().ok();
-            match number(1).zip(number(3)) {
-                Some(numbers) => format!("{}{}", self.word(numbers, &found[2]), ""),
-                None => found[0].to_owned(),
-            }
+        // The default columns of `info -c`, as wide as the major number wants it.
+        let columns = COLUMNS.get_or_init(|| {
+            Regex::new(r"^(\S+) +(\d+|Maj) +(\d+|Min) (Stat|[L-][I-])").expect("a pattern")
         });
+        let paths = ('a'..).zip(&self.disks);
+        let paths = paths.filter(|(_, disk)| disk.starts_with('/'));
+        let line = paths.fold(line.to_owned(), |line, (letter, path)| {
+            line.replace(path, &format!("@{letter}"))
+        });
+        let line = pair.replace_all(&line, |found: &Captures<'_>| self.word(found));
         let line = columns.replace(&line, |found: &Captures<'_>| {
             let major = found[2].parse() == Ok(self.dm);
             let major = if major { "dm" } else { &found[2] };
@@ -88,22 +85,16 @@ impl Numbers {
         line.into_owned()
     }
 
-    fn word(&self, (major, minor): (u64, u64), between: &str) -> String {
-        if major == self.dm {
-            return format!("dm{between}{minor}");
+    fn word(&self, found: &Captures<'_>) -> String {
+        if found[1].parse() == Ok(self.dm) {
+            return format!("dm{}{}", &found[2], &found[3]);
         }
-        let disk = self.disks.iter().position(|disk| *disk == (major, minor));
-        match disk.and_then(|n| ('a'..='z').nth(n)) {
-            Some(letter) => format!("@{letter}"),
-            None => format!("{major}{between}{minor}"),
+        let number = format!("{}:{}", &found[1], &found[3]);
+        match ('a'..).zip(&self.disks).find(|(_, disk)| **disk == number) {
+            Some((letter, _)) => format!("@{letter}"),
+            None => found[0].to_owned(),
         }
     }
-}
-
-fn numbers_in(text: &str) -> Vec<u64> {
-    text.split(|letter: char| !letter.is_ascii_digit())
-        .filter_map(|word| word.parse().ok())
-        .collect()
 }
 
 /// The first step that came out differently, in words, with those before it.
@@ -145,12 +136,12 @@ mod tests {
     fn numbers_become_words() {
         let numbers = Numbers {
             dm: 254,
-            disks: vec![(252, 0), (252, 16)],
+            disks: vec!["252:0".to_owned(), "/tmp/b".to_owned()],
         };
         let cases = [
             ("0 8 snapshot 252:0 254:3 P 8", "0 8 snapshot @a dm:3 P 8"),
             (
-                "2 dependencies\t: (252, 16) (254, 1)",
+                "2 dependencies\t: (/tmp/b) (254, 1)",
                 "2 dependencies\t: (@b) (dm, 1)",
             ),
             ("Major, minor:      254, 3", "Major, minor:      dm, 3"),
