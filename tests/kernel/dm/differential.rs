@@ -8,7 +8,7 @@ use std::time::Instant;
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::program::program;
 use nbdsnap_tests::harness::random::long_run;
-use nbdsnap_tests::harness::server::Serve;
+use nbdsnap_tests::harness::server::{Serve, Server};
 use nbdsnap_tests::kernel::dm::generate::{Sequence, sequence};
 use nbdsnap_tests::kernel::dm::layout::{DISKS, make_disks};
 use nbdsnap_tests::kernel::dm::play::{Devices, Side};
@@ -60,8 +60,13 @@ pub(super) fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]
     translated(outcomes, probes)
 }
 
-/// nbdsnap's answers.
-pub(super) fn on_nbdsnap(folder: &Path, disks: &[PathBuf], steps: &[Step]) -> Vec<Outcome> {
+/// nbdsnap's answers, and the server, which is still to be stopped: whatever differs
+/// is told before its end.
+pub(super) fn on_nbdsnap(
+    folder: &Path,
+    disks: &[PathBuf],
+    steps: &[Step],
+) -> (Vec<Outcome>, Server) {
     let (probes, steps) = with_probes(steps);
     let server = Serve::on_socket_in(folder).control_in(folder).start();
     let control = server.control().display().to_string();
@@ -77,8 +82,7 @@ pub(super) fn on_nbdsnap(folder: &Path, disks: &[PathBuf], steps: &[Step]) -> Ve
     let began = Instant::now();
     let outcomes = steps.iter().map(|step| side.play(step)).collect();
     println!("nbdsnap: {} steps in {:.0?}", steps.len(), began.elapsed());
-    server.stop();
-    translated(outcomes, probes)
+    (translated(outcomes, probes), server)
 }
 
 /// The model and the kernel agree on what succeeds; if not, the model is wrong, and
@@ -105,10 +109,11 @@ fn both(machine: &Machine, seed: u64, steps: usize) {
     let (here, there) = (folder(), folder());
     let kernel = on_the_kernel(machine, &make_disks(there.path(), seed), &sequence.steps);
     agrees_with_the_model(&sequence, &kernel);
-    let ours = on_nbdsnap(here.path(), &make_disks(here.path(), seed), &sequence.steps);
+    let (ours, server) = on_nbdsnap(here.path(), &make_disks(here.path(), seed), &sequence.steps);
     if let Some(told) = difference(&sequence.steps, &kernel, &ours, ["dmsetup", "nbdsnap"]) {
         panic!("seed {seed}: {told}");
     }
+    server.stop();
 }
 
 #[test]

@@ -133,10 +133,11 @@ fn stripes_and_pieces_are_the_kernels() {
     if let Some(n) = kernel.iter().position(|outcome| outcome.code != 0) {
         panic!("the kernel refuses {}: {}", steps[n], kernel[n]);
     }
-    let ours = on_nbdsnap(here.path(), &make_disks(here.path(), seed), &steps);
+    let (ours, server) = on_nbdsnap(here.path(), &make_disks(here.path(), seed), &steps);
     if let Some(told) = difference(&steps, &kernel, &ours, ["dmsetup", "nbdsnap"]) {
         panic!("seed {seed}: {told}");
     }
+    server.stop();
     // And that a difference is seen: other bytes in the last write.
     let mut other_steps = steps.clone();
     let at = other_steps
@@ -148,7 +149,8 @@ fn stripes_and_pieces_are_the_kernels() {
     };
     *fill ^= 1;
     let other = folder();
-    let altered = on_nbdsnap(other.path(), &make_disks(other.path(), seed), &other_steps);
+    let (altered, server) = on_nbdsnap(other.path(), &make_disks(other.path(), seed), &other_steps);
+    server.stop();
     let told = difference(&steps, &kernel, &altered, ["dmsetup", "altered"]);
     assert!(
         told.is_some_and(|told| told.contains("read ")),
