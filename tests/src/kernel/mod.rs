@@ -12,6 +12,7 @@
 //! - [`load`]: requests on several volumes at once, over restarts,
 //! - [`log`]: the log of a `dm-log-writes` device,
 //! - [`replay`]: the states that a crash could have left, one after the other,
+//! - [`dm`]: sequences of dm commands and I/O, for dmsetup and for nbdsnap,
 //! - [`netlink`]: an NBD client's orders to the kernel,
 //! - [`file_load`]: files, and what was promised about them.
 //!
@@ -19,6 +20,7 @@
 //! processor time: it is done once and kept, and every machine goes on from there.
 
 pub mod compare;
+pub mod dm;
 pub mod exports;
 pub mod file_load;
 mod frozen;

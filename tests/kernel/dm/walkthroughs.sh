@@ -1,0 +1,139 @@
+# The walkthroughs, first with the kernel's dmsetup, then with nbdsnap in its place:
+# the same scripts, with the program's name changed and nothing else. The first device
+# stays mounted and is written all the while.
+
+modprobe ext4; modprobe xfs
+mkdir -p /mnt/disk /mnt/snapshot
+cat >/tmp/after <<'END_OF_AFTER'
+#!/bin/sh
+# Right after the instant: overwrite, remove and add files, and see it on the disk.
+cd /mnt/disk/settled
+for n in $(seq 1 20); do head -c 40000 /dev/urandom >file$n; done
+rm file2?
+for n in $(seq 1 10); do head -c 30000 /dev/urandom >new$n; done
+sync
+END_OF_AFTER
+cat >/tmp/backup <<'END_OF_BACKUP'
+#!/bin/sh
+# The files of the instant, and how far the writer had come.
+(cd $1/settled && find . -type f | sort | xargs sha256sum) >/tmp/backup.sums
+cp $1/log /tmp/backup.log
+END_OF_BACKUP
+chmod +x /tmp/after /tmp/backup
+export AFTER=/tmp/after DMSETUP=/test/dmsetup_traced
+
+# Files that are all there, some of them not on the disk yet, and a writer that never
+# stops: number after number, each durable before it is acknowledged.
+begin() {
+    mkdir /mnt/disk/settled
+    for n in $(seq 1 40); do head -c $((n * 3000)) /dev/urandom >/mnt/disk/settled/file$n; done
+    (cd /mnt/disk/settled && find . -type f | sort | xargs sha256sum) >/tmp/before.sums
+    rm -f /tmp/stop
+    : >/tmp/acknowledged
+    write_on &
+    writer=$!
+    wait_until has_written 2
+}
+write_on() {
+    n=0
+    until [ -e /tmp/stop ]; do
+        n=$((n + 1))
+        echo $n >>/mnt/disk/log && sync /mnt/disk/log || exit 1
+        echo $n >>/tmp/acknowledged
+    done
+}
+has_written() { [ $(wc -l </tmp/acknowledged) -ge $1 ]; }
+
+# end NAME TABLE DISK: the backup is the instant, the disk is as it was meant to be,
+# and all of it is there when the device is made anew.
+end() {
+    touch /tmp/stop
+    wait $writer || die $1: the writer failed
+    cmp /tmp/before.sums /tmp/backup.sums || die $1: the backup is not the instant
+    [ $(wc -l </tmp/before.sums) -gt 30 ] || die $1: no files
+    seq 1 $(wc -l </tmp/backup.log) | cmp - /tmp/backup.log || die $1: the log of the instant
+    [ $(wc -l </tmp/backup.log) -ge 2 ] || die $1: the writer had not begun
+    # The comparison can fail: a backup of the disk itself is not the instant.
+    (cd /mnt/disk/settled && find . -type f | sort | xargs sha256sum) >/tmp/disk.sums
+    ! cmp -s /tmp/before.sums /tmp/disk.sums || die $1: the disk is still the instant
+    [ "$($DMSETUP table $1)" = "$2" ] || die "$1: the table is not the first one: $($DMSETUP table $1)"
+    [ "$($DMSETUP ls | cut -f1)" = $1 ] || die "$1: devices are left: $($DMSETUP ls)"
+    seq 1 $(wc -l </tmp/acknowledged) | cmp - /mnt/disk/log || die $1: numbers are lost
+    umount /mnt/disk
+    $DMSETUP remove $1
+    mount -o ro,$NORECOVERY $3 /mnt/disk
+    (cd /mnt/disk/settled && find . -type f | sort | xargs sha256sum) | cmp - /tmp/disk.sums || die $1: files are lost
+    umount /mnt/disk
+    losetup -d $3
+    say done.$1 $SIDE $(wc -l </tmp/acknowledged)
+}
+
+linear() {
+    $DMSETUP create home --table "0 81920 linear /dev/vda 2048"
+    mkfs.ext4 -q -F -E lazy_itable_init=0 /dev/mapper/home
+    mount /dev/mapper/home /mnt/disk
+    begin
+    live_linear home /dev/vdb /mnt/snapshot /tmp/backup || die live_linear
+    losetup -o $((2048 * 512)) --sizelimit $((81920 * 512)) /dev/loop0 /dev/vda
+    NORECOVERY=noload end home "0 81920 linear $(cat /sys/block/vda/dev) 2048" /dev/loop0
+}
+
+xfs() {
+    $DMSETUP create plain --table "0 655360 linear /dev/vdc 2048"
+    mkfs.xfs -q -f /dev/mapper/plain
+    mount -t xfs /dev/mapper/plain /mnt/disk
+    begin
+    live_xfs plain /dev/vdb /mnt/snapshot /tmp/backup || die live_xfs
+    losetup -o $((2048 * 512)) --sizelimit $((655360 * 512)) /dev/loop0 /dev/vdc
+    NORECOVERY=norecovery end plain "0 655360 linear $(cat /sys/block/vdc/dev) 2048" /dev/loop0
+}
+
+# A volume rolled back, with its content looked at when it has hardly been copied, and
+# when it is done. The program reads it past the page cache.
+content() { dd if=/dev/mapper/vol bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1; }
+roll() {
+    cat >/tmp/before <<'END_OF_BEFORE'
+#!/bin/sh
+dd if=/dev/urandom of=/dev/mapper/vol bs=1M count=8 oflag=direct 2>/dev/null
+END_OF_BEFORE
+    # What is new is written to the snapshot, then to the volume, in chunks that do
+    # not lie side by side: each is a step of the merge.
+    cat >/tmp/scatter <<'END_OF_SCATTER'
+#!/bin/sh
+dm-player /test/scattered >/tmp/scattered || exit 1
+grep -c '^outcome [0-9]* 0' /tmp/scattered >/tmp/written
+dd if=/dev/mapper/vol-snap bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1 >/tmp/wanted
+END_OF_SCATTER
+    cat >/tmp/rolled <<'END_OF_ROLLED'
+#!/bin/sh
+dd if=/dev/mapper/vol bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1 >/tmp/rolled.sum
+END_OF_ROLLED
+    chmod +x /tmp/before /tmp/scatter /tmp/rolled
+    BEFORE=/tmp/before AFTER=/tmp/scatter ROLLED=/tmp/rolled roll_back vol /dev/vda 200000 16384 /dev/vdb 8192 32768 >/tmp/told || die "roll_back: $(cat /tmp/told)"
+    [ $(cat /tmp/written) = $1 ] || die "roll_back: $(cat /tmp/written) writes, not $1"
+    [ $(cat /tmp/wanted) = $(cat /tmp/rolled.sum) ] || die roll_back: not rolled back at once
+    [ $(cat /tmp/wanted) = $(content) ] || die roll_back: not rolled back at the end
+    sed "s/^/told.$SIDE /" /tmp/told
+    [ $($DMSETUP ls | cut -f1) = vol ] || die "devices are left: $($DMSETUP ls)"
+    $DMSETUP remove vol
+}
+
+# All of it with one program: SIDE and the program.
+follow() {
+    SIDE=$1
+    trace /tmp/linear.$1 $2
+    linear
+    trace /tmp/xfs.$1 $2
+    xfs
+    trace /tmp/roll.$1 $2
+    roll $WRITES
+}
+
+follow kernel dmsetup
+dd if=/dev/zero of=/dev/vdb bs=1M count=24 conv=fsync 2>/dev/null
+serve_dm
+follow nbdsnap /test/dmsetup_by_nbdsnap
+stop_server
+same /tmp/linear
+same /tmp/xfs
+same /tmp/roll

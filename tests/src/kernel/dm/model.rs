@@ -1,0 +1,595 @@
+//! Which devices there are and how they stand on each other: as much of dm and of
+//! dm-snapshot's rules of handover as tells whether a command succeeds, and whether
+//! it or a request would wait for something that is suspended. It knows nothing of
+//! data, and of a store only whether the kernel would open it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+/// What a line of a table stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum On {
+    /// The disk `@a`, `@b`, ...
+    Disk(char),
+    /// A device, by its number in the model: names change.
+    Device(u64),
+}
+
+/// How a store is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `P`.
+    Persistent,
+    /// `PO`.
+    Overflow,
+    /// `N`.
+    Transient,
+}
+
+/// What a line of a table does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Reads as zeros.
+    Zero,
+    /// Fails.
+    Error,
+    /// A part of something.
+    Linear {
+        /// Of what.
+        on: On,
+        /// From which sector.
+        start: u64,
+    },
+    /// Stripes over several.
+    Striped {
+        /// Sectors of a stripe's piece.
+        chunk: u64,
+        /// What, from which sector.
+        on: Vec<(On, u64)>,
+    },
+    /// `snapshot-origin`.
+    Origin {
+        /// The origin.
+        on: On,
+    },
+    /// `snapshot` or `snapshot-merge`.
+    Snapshot(Snapshot),
+}
+
+/// A line of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// What it is of.
+    pub origin: On,
+    /// Where its old chunks go.
+    pub cow: On,
+    /// How its store is kept.
+    pub kind: Kind,
+    /// The word for that, which has more spellings than one.
+    pub word: &'static str,
+    /// Sectors in a chunk.
+    pub chunk: u64,
+    /// Whether it is merged into its origin.
+    pub merge: bool,
+}
+
+/// A line of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Its sectors.
+    pub len: u64,
+    /// What they do.
+    pub target: Target,
+}
+
+/// A table, from sector 0 on.
+pub type Table = Vec<Line>;
+
+/// A command whose effect the model knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// A new device; without a table, `--notable`.
+    Create {
+        /// Its name.
+        name: String,
+        /// Its uuid, if it has one.
+        uuid: Option<String>,
+        /// Its table.
+        table: Option<Table>,
+    },
+    /// A table into the inactive slot.
+    Load(String, Table),
+    /// Held.
+    Suspend(String),
+    /// Released, with the inactive table if there is one.
+    Resume(String),
+    /// The inactive slot emptied.
+    Clear(String),
+    /// The end of a device.
+    Remove(String),
+    /// A new name.
+    Rename(String, String),
+}
+
+/// What lies at the beginning of a device that may hold a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Store {
+    /// Neither zeros nor a store: the kernel refuses it.
+    #[default]
+    Rubbish,
+    /// Zeros: taken for a new one.
+    Zeros,
+    /// A store.
+    Store,
+    /// A transient store may have written there.
+    Unknown,
+}
+
+/// A table in one of the two slots.
+#[derive(Clone, Debug)]
+struct Loaded {
+    table: Table,
+    /// Its snapshots take part: it has been resumed.
+    active: bool,
+    /// Its merge has been waited for.
+    merged: bool,
+}
+
+/// A device.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// Its number.
+    pub number: u64,
+    uuid: Option<String>,
+    live: Option<Loaded>,
+    inactive: Option<Loaded>,
+    /// Whether it is suspended.
+    pub suspended: bool,
+}
+
+impl Device {
+    /// The table in use.
+    pub fn table(&self) -> Option<&Table> {
+        self.live.as_ref().map(|loaded| &loaded.table)
+    }
+
+    /// Whether a table waits for the next resume.
+    pub fn has_inactive(&self) -> bool {
+        self.inactive.is_some()
+    }
+
+    /// Sectors of the table in use.
+    pub fn size(&self) -> u64 {
+        self.table().map_or(0, |table| size(table))
+    }
+
+    /// The only line of the table in use.
+    pub fn only_line(&self) -> Option<&Target> {
+        match self.table()?.as_slice() {
+            [line] => Some(&line.target),
+            _ => None,
+        }
+    }
+
+    fn loaded(&self) -> impl Iterator<Item = &Loaded> {
+        self.live.iter().chain(&self.inactive)
+    }
+
+    /// Merges, as far as anybody knows.
+    pub fn is_merging(&self) -> bool {
+        self.live.as_ref().is_some_and(|live| {
+            live.active && !live.merged && snapshots(&live.table).any(|line| line.merge)
+        })
+    }
+}
+
+/// Sectors of a table.
+pub fn size(table: &[Line]) -> u64 {
+    table.iter().map(|line| line.len).sum()
+}
+
+fn snapshots(table: &[Line]) -> impl Iterator<Item = &Snapshot> {
+    table.iter().filter_map(|line| match &line.target {
+        Target::Snapshot(line) => Some(line),
+        _ => None,
+    })
+}
+
+fn stands_on(target: &Target) -> Vec<On> {
+    match target {
+        Target::Zero | Target::Error => Vec::new(),
+        Target::Linear { on, .. } | Target::Origin { on } => vec![*on],
+        Target::Striped { on, .. } => on.iter().map(|(on, _)| *on).collect(),
+        Target::Snapshot(line) => vec![line.origin, line.cow],
+    }
+}
+
+/// Devices, by their names.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    /// All of them.
+    pub devices: BTreeMap<String, Device>,
+    stores: BTreeMap<On, Store>,
+    made: u64,
+}
+
+impl Model {
+    /// A device that there is.
+    pub fn device(&self, name: &str) -> Option<&Device> {
+        self.devices.get(name)
+    }
+
+    /// The name of a device now.
+    pub fn name_of(&self, number: u64) -> Option<&str> {
+        let mut all = self.devices.iter();
+        all.find(|(_, device)| device.number == number)
+            .map(|(name, _)| name.as_str())
+    }
+
+    fn by_number(&self, number: u64) -> Option<&Device> {
+        self.devices.values().find(|device| device.number == number)
+    }
+
+    /// What lies at the beginning of a device.
+    pub fn store(&self, cow: On) -> Store {
+        self.stores.get(&cow).copied().unwrap_or_default()
+    }
+
+    /// It has been overwritten with zeros.
+    pub fn zeroed(&mut self, cow: On) {
+        self.stores.insert(cow, Store::Zeros);
+    }
+
+    /// Its merge has come to an end.
+    pub fn merged(&mut self, name: &str) {
+        if let Some(live) = self.devices.get_mut(name).and_then(|d| d.live.as_mut()) {
+            live.merged = true;
+        }
+    }
+
+    /// Whether a table of some device stands on it.
+    pub fn is_in_use(&self, number: u64) -> bool {
+        let mut all = self.devices.values().flat_map(Device::loaded);
+        all.any(|loaded| {
+            let mut lines = loaded.table.iter();
+            lines.any(|line| stands_on(&line.target).contains(&On::Device(number)))
+        })
+    }
+
+    /// The lines of snapshots of an origin, with whether they are active.
+    fn snapshots_of(&self, origin: On) -> impl Iterator<Item = (&Device, &Snapshot, bool)> {
+        self.devices.values().flat_map(move |device| {
+            device.loaded().flat_map(move |loaded| {
+                snapshots(&loaded.table)
+                    .filter(move |line| line.origin == origin)
+                    .map(move |line| (device, line, loaded.active))
+            })
+        })
+    }
+
+    /// Whether there are snapshots of it.
+    pub fn is_origin(&self, origin: On) -> bool {
+        self.snapshots_of(origin).next().is_some()
+    }
+
+    /// Whether a merge into it has been loaded.
+    pub fn has_merge(&self, origin: On) -> bool {
+        self.snapshots_of(origin).any(|(_, line, _)| line.merge)
+    }
+
+    /// Whether I/O there would fail or wait: it, or what it stands on, is suspended
+    /// or has no table.
+    pub fn is_blocked(&self, on: On) -> bool {
+        let On::Device(number) = on else {
+            return false;
+        };
+        let Some(device) = self.by_number(number) else {
+            return true;
+        };
+        let Some(table) = device.table() else {
+            return true;
+        };
+        let mut beneath = table.iter().flat_map(|line| stands_on(&line.target));
+        device.suspended || beneath.any(|on| self.is_blocked(on))
+    }
+
+    /// Whether copies to the stores of an origin's snapshots would wait.
+    fn copies_wait(&self, origin: On) -> bool {
+        let mut all = self.snapshots_of(origin);
+        all.any(|(_, line, active)| active && self.is_blocked(line.cow))
+    }
+
+    /// Whether a device can be read.
+    pub fn is_readable(&self, name: &str) -> bool {
+        self.device(name)
+            .is_some_and(|device| !self.is_blocked(On::Device(device.number)))
+    }
+
+    /// Whether a write to it goes through and reaches all snapshots that it must.
+    pub fn is_writable(&self, name: &str) -> bool {
+        let Some(device) = self.device(name) else {
+            return false;
+        };
+        let own = On::Device(device.number);
+        if self.is_blocked(own) || self.is_origin(own) {
+            return false;
+        }
+        match device.only_line() {
+            Some(Target::Origin { on }) => !self.copies_wait(*on) && !self.copies_wait_above(*on),
+            Some(Target::Snapshot(line)) => !line.merge || !self.copies_wait(line.origin),
+            _ => false,
+        }
+    }
+
+    /// An origin over a merging device, whose write copies in a second place.
+    fn copies_wait_above(&self, on: On) -> bool {
+        let On::Device(number) = on else {
+            return false;
+        };
+        match self.by_number(number).and_then(Device::only_line) {
+            Some(Target::Snapshot(line)) if line.merge => self.copies_wait(line.origin),
+            _ => false,
+        }
+    }
+
+    /// Whether a command's outcome is known and it does not wait for ever.
+    pub fn is_safe(&self, command: &Command) -> bool {
+        match command {
+            Command::Create { table, .. } => table.iter().all(|table| self.may_load(table)),
+            Command::Load(name, table) => self.may_load(table) && !self.loops(name, table),
+            Command::Resume(name) => self.device(name).is_none_or(|device| {
+                let next = device.inactive.as_ref().or(device.live.as_ref());
+                let mut lines = next.into_iter().flat_map(|next| snapshots(&next.table));
+                lines.all(|line| !line.merge || self.may_merge(line))
+            }),
+            _ => true,
+        }
+    }
+
+    /// Whether the device would stand on itself, now or after some resume: the kernel
+    /// takes that, and ends in its own tail.
+    fn loops(&self, name: &str, table: &Table) -> bool {
+        let Some(device) = self.device(name) else {
+            return false;
+        };
+        let mut left: Vec<On> = table
+            .iter()
+            .flat_map(|line| stands_on(&line.target))
+            .collect();
+        while let Some(on) = left.pop() {
+            let On::Device(number) = on else {
+                continue;
+            };
+            if number == device.number {
+                return true;
+            }
+            let tables = self.by_number(number).into_iter().flat_map(Device::loaded);
+            let lines = tables.flat_map(|loaded| &loaded.table);
+            left.extend(lines.flat_map(|line| stands_on(&line.target)));
+        }
+        false
+    }
+
+    fn may_load(&self, table: &Table) -> bool {
+        table.iter().all(|line| match &line.target {
+            Target::Snapshot(line) => {
+                let shared = self.sharing(line);
+                let known = self.store(line.cow) != Store::Unknown || line.kind == Kind::Transient;
+                // The same store for two origins is a fault, and so is a second
+                // merge that is not a handover.
+                let others = self.devices.values().flat_map(Device::loaded);
+                let mut others = others.flat_map(|loaded| snapshots(&loaded.table));
+                let elsewhere = others.any(|o| o.cow == line.cow && o.origin != line.origin);
+                let second = line.merge && shared == (0, 0) && self.has_merge(line.origin);
+                known
+                    && !elsewhere
+                    && !second
+                    && !self.is_blocked(line.cow)
+                    && (!line.merge || self.may_merge(line))
+            }
+            target => stands_on(target).iter().all(|on| match on {
+                On::Disk(_) => true,
+                On::Device(number) => self.by_number(*number).is_some_and(|d| d.size() > 0),
+            }),
+        })
+    }
+
+    /// A merge writes to its origin, and to the stores of the others.
+    fn may_merge(&self, line: &Snapshot) -> bool {
+        !self.is_blocked(line.origin)
+            && !self.is_blocked(line.cow)
+            && !self.copies_wait(line.origin)
+    }
+
+    /// Tables with the same origin and the same store: those in use, those that wait.
+    fn sharing(&self, line: &Snapshot) -> (usize, usize) {
+        let same = self.snapshots_of(line.origin);
+        let same = same.filter(|(_, other, _)| other.cow == line.cow);
+        let (active, waiting): (Vec<_>, Vec<_>) = same.partition(|(_, _, active)| *active);
+        (active.len(), waiting.len())
+    }
+
+    /// Whether a command succeeds; its effect, where it has one.
+    pub fn apply(&mut self, command: &Command) -> bool {
+        match command {
+            Command::Create { name, uuid, table } => {
+                self.create(name, uuid.as_ref(), table.as_ref())
+            }
+            Command::Load(name, table) => self.load(name, table),
+            Command::Suspend(name) => {
+                let device = self.devices.get_mut(name);
+                device.map(|device| device.suspended = true).is_some()
+            }
+            Command::Resume(name) => self.resume(name),
+            Command::Clear(name) => {
+                let device = self.devices.get_mut(name);
+                device.map(|device| device.inactive = None).is_some()
+            }
+            Command::Remove(name) => {
+                let free = self
+                    .device(name)
+                    .is_some_and(|device| !self.is_in_use(device.number));
+                free && self.devices.remove(name).is_some()
+            }
+            Command::Rename(name, new) => {
+                if !self.devices.contains_key(name) || self.devices.contains_key(new) {
+                    return false;
+                }
+                let device = self.devices.remove(name).expect("it is there");
+                self.devices.insert(new.clone(), device);
+                true
+            }
+        }
+    }
+
+    fn create(&mut self, name: &str, uuid: Option<&String>, table: Option<&Table>) -> bool {
+        let taken = |device: &Device| uuid.is_some() && device.uuid.as_ref() == uuid;
+        if self.devices.contains_key(name) || self.devices.values().any(taken) {
+            return false;
+        }
+        self.made += 1;
+        let device = Device {
+            number: self.made,
+            uuid: uuid.cloned(),
+            live: None,
+            inactive: None,
+            suspended: false,
+        };
+        self.devices.insert(name.to_owned(), device);
+        let Some(table) = table else {
+            return true;
+        };
+        let done = self.load(name, table) && self.resume(name);
+        if !done {
+            self.devices.remove(name);
+        }
+        done
+    }
+
+    fn load(&mut self, name: &str, table: &Table) -> bool {
+        if !self.devices.contains_key(name) {
+            return false;
+        }
+        for line in snapshots(table) {
+            let (active, waiting) = self.sharing(line);
+            let transient = line.kind == Kind::Transient;
+            let second = active == 1 && line.merge && self.has_merge(line.origin);
+            if waiting > 0 || active > 1 || (line.merge && transient) || second {
+                return false;
+            }
+            if active == 0 && !transient {
+                if self.store(line.cow) == Store::Rubbish {
+                    return false;
+                }
+                self.stores.insert(line.cow, Store::Store);
+            }
+            if transient {
+                self.stores.insert(line.cow, Store::Unknown);
+            }
+        }
+        let device = self.devices.get_mut(name).expect("it is there");
+        device.inactive = Some(Loaded {
+            table: table.clone(),
+            active: false,
+            merged: false,
+        });
+        true
+    }
+
+    fn resume(&mut self, name: &str) -> bool {
+        let Some(device) = self.devices.get_mut(name) else {
+            return false;
+        };
+        let mut before = None;
+        if device.inactive.is_some() {
+            before = std::mem::replace(&mut device.live, device.inactive.take());
+            device.suspended = true;
+        } else if !device.suspended {
+            return true;
+        }
+        let Some(live) = &device.live else {
+            return false;
+        };
+        let (number, active) = (device.number, live.active);
+        let lines: Vec<Snapshot> = snapshots(&live.table).cloned().collect();
+        if !lines
+            .iter()
+            .all(|line| self.may_resume(line, number, active, before.as_ref()))
+        {
+            return false;
+        }
+        let device = self.devices.get_mut(name).expect("it is there");
+        device.suspended = false;
+        device.live.as_mut().expect("a table").active = true;
+        true
+    }
+
+    /// The rules of handover; `before` is the table that the device has had until now.
+    fn may_resume(
+        &self,
+        line: &Snapshot,
+        number: u64,
+        active: bool,
+        before: Option<&Loaded>,
+    ) -> bool {
+        let own = before.is_some_and(|before| {
+            let mut lines = snapshots(&before.table);
+            before.active && lines.any(|o| o.origin == line.origin && o.cow == line.cow)
+        });
+        let same = self.snapshots_of(line.origin);
+        let mut others =
+            same.filter(|(device, other, _)| other.cow == line.cow && device.number != number);
+        if active {
+            return !others.any(|(_, _, active)| !active);
+        }
+        own || others.all(|(device, _, active)| !active || device.suspended)
+    }
+
+    /// A table as text.
+    pub fn text(&self, table: &Table) -> String {
+        let mut text = String::new();
+        let mut start = 0;
+        for Line { len, target } in table {
+            let words = self.words(target);
+            let _ = writeln!(text, "{start} {len} {words}");
+            start += len;
+        }
+        text.pop();
+        text
+    }
+
+    fn words(&self, target: &Target) -> String {
+        match target {
+            Target::Zero => "zero".to_owned(),
+            Target::Error => "error".to_owned(),
+            Target::Linear { on, start } => format!("linear {} {start}", self.path(*on)),
+            Target::Striped { chunk, on } => {
+                let parts = on.iter().fold(String::new(), |mut text, (on, start)| {
+                    let _ = write!(text, " {} {start}", self.path(*on));
+                    text
+                });
+                format!("striped {} {chunk}{parts}", on.len())
+            }
+            Target::Origin { on } => format!("snapshot-origin {}", self.path(*on)),
+            Target::Snapshot(line) => {
+                let target = if line.merge {
+                    "snapshot-merge"
+                } else {
+                    "snapshot"
+                };
+                let (origin, cow) = (self.path(line.origin), self.path(line.cow));
+                format!("{target} {origin} {cow} {} {}", line.word, line.chunk)
+            }
+        }
+    }
+
+    fn path(&self, on: On) -> String {
+        match on {
+            On::Disk(letter) => format!("@{letter}"),
+            On::Device(number) => {
+                let name = self.name_of(number).unwrap_or("gone");
+                format!("/dev/mapper/{name}")
+            }
+        }
+    }
+}
