@@ -85,6 +85,7 @@ fn unsuitable(what: &Path) -> impl FnOnce(std::io::Error) -> BenchError + '_ {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "handed to map_err")]
 fn refused(error: CowError) -> BenchError {
     BenchError::Unsuitable(error.to_string())
 }

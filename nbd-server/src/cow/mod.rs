@@ -9,6 +9,7 @@
 //! - [`view`]: a snapshot's bytes, out of its store and its origin.
 //! - [`target`]: files and stores that are made: the metadata in an order that a power
 //!   cut cannot make a wrong store of.
+//! - `hints`: what the kernel is told ahead of time, for speed.
 //! - [`check`], [`inspect`], [`ranges`], [`picture`], [`dump`] read; [`restore`],
 //!   [`repair`], [`rewrite`], [`extract`] and [`merge`] write what they are told to,
 //!   and nothing else.
@@ -21,6 +22,7 @@ pub mod diff;
 pub mod dump;
 pub mod error;
 pub mod extract;
+mod hints;
 pub mod inspect;
 pub mod merge;
 pub mod open;

@@ -212,7 +212,8 @@ impl Volume {
         self.merge_begins.is_none() && self.merge.as_ref().is_none_or(Merge::rests)
     }
 
-    /// Copy `bytes` in a step instead of 4 MiB: simulated disks are smaller than that.
+    /// Copy `bytes` in a step instead of 4 MiB: simulated disks are smaller than that,
+    /// and where nobody waits for a step, more takes less time.
     pub fn set_merge_step(&mut self, bytes: u64) {
         assert!(bytes > 0);
         self.merge_step = bytes;

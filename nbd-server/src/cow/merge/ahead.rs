@@ -5,18 +5,12 @@
 //!
 //! These are hints: a store whose exceptions point elsewhere is read as it comes.
 
-use std::num::NonZeroU64;
-use std::ops::Range;
 use std::thread::JoinHandle;
 
 use nbdsnap_format::{ChunkSize, Layout};
-use rustix::fs::{Advice, fadvise};
 
+use super::super::hints::read_ahead;
 use crate::server::setup::OpenDisk;
-
-/// In one call: the kernel does not wait for what it has begun to read until it has
-/// too much of it.
-const PIECE: u64 = 8 << 20;
 
 /// Reads ahead in a store that is merged from its end.
 #[derive(Debug)]
@@ -86,15 +80,5 @@ impl Drop for ReadAhead {
     fn drop(&mut self) {
         // The store's lock lives as long as any descriptor of it.
         self.end();
-    }
-}
-
-fn read_ahead(file: &std::fs::File, range: Range<u64>) {
-    let mut at = range.start;
-    while let Some(len) = NonZeroU64::new(range.end.saturating_sub(at).min(PIECE)) {
-        if fadvise(file, at, Some(len), Advice::WillNeed).is_err() {
-            return;
-        }
-        at += len.get();
     }
 }

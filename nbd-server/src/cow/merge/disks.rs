@@ -6,16 +6,11 @@
 //!   that the flush at the end of a step has less to wait for. That promises nothing;
 //!   what is durable is only what a flush has answered for, as everywhere.
 
-use std::ops::Range;
-
 use nbdsnap_engine::{Action, Device, DiskOp, OpId, Outcome, SnapshotId};
-use rustix::fs::{Advice, fadvise};
 
+use super::super::hints::WriteBack;
 use crate::io::file::{Medium, perform};
 use crate::server::setup::OpenDisk;
-
-/// So much is written to the disk before it begins to be written back.
-const WRITE_BACK: u64 = 8 << 20;
 
 /// One write gathers no more than so many pieces (IOV_MAX).
 const MOST_PIECES: usize = 1024;
@@ -29,10 +24,7 @@ pub(super) struct Disks {
     pub(super) stores: Vec<(SnapshotId, OpenDisk)>,
     /// Bytes that were written to the disk.
     written: u64,
-    /// What was written to the disk and is not being written back yet: how much, and
-    /// where.
-    dirty: u64,
-    dirty_range: Option<Range<u64>>,
+    write_back: WriteBack,
 }
 
 impl Disks {
@@ -42,8 +34,7 @@ impl Disks {
             origin,
             stores,
             written: 0,
-            dirty: 0,
-            dirty_range: None,
+            write_back: WriteBack::default(),
         }
     }
 
@@ -97,27 +88,11 @@ impl Disks {
             data,
         };
         let outcome = perform(&self.origin.file, self.medium(), &action);
-        self.was_written(start..start + len);
+        self.written += len;
+        self.write_back.wrote(&self.origin.file, start..start + len);
         for id in ids {
             ended(id, outcome.clone());
         }
-    }
-
-    fn was_written(&mut self, range: Range<u64>) {
-        let len = range.end - range.start;
-        self.written += len;
-        self.dirty += len;
-        let known = self.dirty_range.take().unwrap_or_else(|| range.clone());
-        let known = known.start.min(range.start)..known.end.max(range.end);
-        if self.dirty < WRITE_BACK {
-            self.dirty_range = Some(known);
-            return;
-        }
-        // Linux begins to write the dirty pages of a range that is not needed, and
-        // forgets those that are clean. Where it does not, the flush does it all.
-        let len = std::num::NonZeroU64::new(known.end - known.start);
-        let _ = fadvise(&self.origin.file, known.start, len, Advice::DontNeed);
-        self.dirty = 0;
     }
 }
 
