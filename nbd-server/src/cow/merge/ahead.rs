@@ -42,7 +42,9 @@ impl ReadAhead {
             self.ask(store, left.saturating_sub(self.step));
             self.end();
         }
-        if self.running.is_none() && self.from > left.saturating_sub(2 * self.step) {
+        let is_idle = (self.running.as_ref()).is_none_or(JoinHandle::is_finished);
+        if is_idle && self.from > left.saturating_sub(2 * self.step) {
+            self.end();
             self.ask(store, left.saturating_sub(2 * self.step));
         }
     }
