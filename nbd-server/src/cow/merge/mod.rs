@@ -13,19 +13,30 @@
 //!
 //! A merge that the kernel or LVM began is a store whose list is shorter; it is taken
 //! up like any other, once the operator says that it belongs to the disk (`adopt`).
+//!
+//! `drive.rs` has the engine come to the end of the merge, `disks.rs` does what it wants,
+//! `ahead.rs` has the store read before that.
+
+mod ahead;
+mod disks;
+mod drive;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, View, VolumeConfig};
+use nbdsnap_engine::{
+    Action, Device, DiskOp, OnFull, OpId, Outcome, SnapshotId, StoreKind, View, VolumeConfig,
+};
 
+use self::ahead::ReadAhead;
+use self::disks::Disks;
+use self::drive::{Outside, Stopped, drive};
 use super::open::disk_bytes;
 use super::{CowError, CowStore, Reading};
 use crate::disks::{
-    self, Known, Merging, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest,
+    Known, Merging, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest, shown,
 };
 use crate::io::VolumeAccess;
-use crate::io::file::{Medium, perform};
 use crate::law;
 use crate::names;
 use crate::server::setup::{OpenDisk, OpenVolume};
@@ -39,8 +50,13 @@ use crate::state::record::State;
 /// The name of the one volume there is.
 const VOLUME: &str = "disk";
 
-/// Copied in a step: nobody waits for it, and each step has three flushes.
-const STEP: u64 = 64 << 20;
+/// Copied in a step. Nobody waits for it; each step waits for two flushes, and the more
+/// there is in a step, the more of it lies together on the disk. What a crash cuts off
+/// is copied once more.
+const STEP: u64 = 512 << 20;
+
+/// On its way at a time: little enough for the processor's caches.
+const MEMORY: u64 = 2 << 20;
 
 /// In one read or write.
 const PIECE: u64 = 1 << 20;
@@ -174,7 +190,7 @@ fn plan(
         let delete_cow = snapshot.known.merging.is_some_and(|merge| merge.delete_cow);
         snapshot.known.merging = (snapshot.name == name).then_some(Merging { delete_cow });
     }
-    Ok(disks::inspect(requests, taken)?)
+    Ok(crate::disks::inspect(requests, taken)?)
 }
 
 fn request(name: &str, cow: &Path, adopt: bool) -> SnapshotRequest {
@@ -205,21 +221,24 @@ fn merge(
     } = volume;
     let mut engine = law::new_tree(VolumeConfig {
         origin_bytes: disk.bytes,
-        copy_memory: STEP,
+        copy_memory: MEMORY,
         copy_piece: PIECE,
     });
     engine.set_merge_step(STEP);
     let mut stores: Vec<(SnapshotId, OpenDisk)> = Vec::new();
     let mut views = BTreeMap::new();
-    let mut merged = None;
+    let mut merging = None;
     let mut snapshots = snapshots;
     snapshots.sort_by_key(|one| names::depth(&one.name));
     for snapshot in snapshots {
         let of = names::origin(&snapshot.name).map_or(View::Origin, |of| views[of]);
         let id = if snapshot.name == name {
-            let chunk_bytes = snapshot.store.chunk_size().bytes();
+            let (size, count) = (
+                snapshot.store.chunk_size(),
+                snapshot.store.exception_count(),
+            );
             let id = engine.attach_merging(of, snapshot.store);
-            merged = Some((id, chunk_bytes));
+            merging = Some((id, ReadAhead::new(size, STEP, count)));
             id
         } else {
             let id = engine.attach_snapshot(of, snapshot.store);
@@ -230,61 +249,74 @@ fn merge(
         views.insert(snapshot.name, View::Snapshot(id));
         stores.push((id, snapshot.disk));
     }
-    let (merged, chunk_bytes) = merged.expect("it was planned");
-    let total = engine
-        .merge_of(merged)
-        .map_or(0, |progress| progress.total_chunks);
-    loop {
-        while let Some(op) = engine.poll_disk_op() {
-            let (file, medium) = match op.device {
-                Device::Origin if disk.is_block_device => (&disk, Medium::OriginBlockDevice),
-                Device::Origin => (&disk, Medium::OriginFile),
-                Device::Cow(id) => {
-                    let store = stores.iter().find(|(known, _)| *known == id);
-                    (&store.expect("a store that was attached").1, Medium::Store)
-                }
-            };
-            let outcome = perform(&file.file, medium, &op.action);
-            engine.handle_completion(op.id, outcome);
-            if let Some(at) = engine.merge_of(merged) {
-                progress((total - at.left_chunks) * chunk_bytes);
+    let mut around = Around {
+        disks: Disks::new(disk, stores),
+        merging: merging.expect("the disk is opened with the store that is merged"),
+        written: 0,
+        keeper,
+        progress,
+    };
+    let (merged, _) = around.merging;
+    drive(&mut engine, merged, &mut around).map_err(|why| stopped(&around.disks.origin, why))
+}
+
+/// What a merge has around it: the disks, and the disk's list.
+struct Around<'a> {
+    disks: Disks,
+    /// The snapshot that is merged.
+    merging: (SnapshotId, ReadAhead),
+    /// Bytes that were written to what it is merged into, and copied before that.
+    written: u64,
+    keeper: &'a mut Keeper<SystemFiles>,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl Outside for Around<'_> {
+    fn left(&mut self, chunks: u64) {
+        let (id, ahead) = &mut self.merging;
+        ahead.left(self.disks.store(*id), chunks);
+    }
+
+    fn perform(&mut self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome)) {
+        for op in &ops {
+            if let Action::Write { data, .. } = &op.action
+                && op.device != Device::Cow(self.merging.0)
+            {
+                self.written += data.iter().map(|piece| piece.len() as u64).sum::<u64>();
             }
         }
-        match engine.poll_event() {
-            Some(Event::Merged(_)) => return Ok(total),
-            Some(Event::MergeFailed(_, why)) => return Err(stopped(&disk, why)),
-            Some(Event::Invalid(id, why) | Event::Unmarked(id, why)) => {
-                let store = stores.iter().find(|(known, _)| *known == id);
-                let path = store.map_or(&disk.path, |(_, disk)| &disk.path);
-                tracing::error!("{}: the snapshot is lost: {why}", disks::shown(path));
-            }
-            Some(Event::MarkLost(id, _)) => {
-                let store = stores.iter().find(|(known, _)| *known == id);
-                let cow = store.map_or(&disk.path, |(_, disk)| &disk.path);
-                let marked = keeper.mark_lost(&settled(&disk.path), &settled(cow));
-                if let Err(error) = &marked {
-                    tracing::error!("the loss of a snapshot is not marked: {error}");
-                }
-                engine.marked_lost(id, marked.unwrap_or(false));
-            }
-            Some(_) => {}
-            None => {
-                return Err(stopped(
-                    &disk,
-                    "the store of another snapshot of the disk is full, and that snapshot would be lost: extend it, or give it up with --without",
-                ));
-            }
+        self.disks.perform(ops, ended);
+        (self.progress)(self.written);
+    }
+
+    fn mark_lost(&mut self, id: SnapshotId) -> bool {
+        let (disk, cow) = (&self.disks.origin.path, &self.disks.store(id).path);
+        let marked = self.keeper.mark_lost(&settled(disk), &settled(cow));
+        if let Err(error) = &marked {
+            tracing::error!("the loss of a snapshot is not marked: {error}");
         }
+        marked.unwrap_or(false)
+    }
+
+    fn lost(&mut self, id: SnapshotId, why: &'static str) {
+        let path = &self.disks.store(id).path;
+        tracing::error!("{}: the snapshot is lost: {why}", shown(path));
     }
 }
 
 /// A merge that has stopped halfway: it can be gone on with.
-fn stopped(disk: &OpenDisk, why: &str) -> CowError {
+fn stopped(disk: &OpenDisk, why: Stopped) -> CowError {
+    let why = match why {
+        Stopped::Failed(why) => why,
+        Stopped::NoRoom => {
+            "the store of another snapshot of the disk is full, and that snapshot would be lost: extend it, or give it up with --without"
+        }
+    };
     CowError::Program {
         program: "merge",
         error: format!(
             "{}: is a mixture of two times, and not to be used until the merge has gone on: {why}; then run the same command again",
-            disks::shown(&disk.path)
+            shown(&disk.path)
         ),
     }
 }
