@@ -9,7 +9,7 @@ use super::orders::{Errno, Refused};
 use super::snap::Body;
 use super::{DeviceId, Level, LevelKey, Lower, Mapper, MapperEvent, OrderId, Phase, SnapKey};
 use crate::request::SnapshotId;
-use crate::volume::{Event, MergeError, Volume, VolumeConfig};
+use crate::volume::{Event, Volume, VolumeConfig};
 
 /// An order that has not come to its end.
 #[derive(Debug)]
@@ -163,11 +163,9 @@ impl Mapper {
         };
         let volume = &mut self.levels[level].volume;
         volume.resume_merge();
-        match volume.begin_merge(id) {
-            Ok(()) => self.snaps[snap].body = Body::Beginning { level, id },
-            // What is lost has nothing to be merged: everything is the origin's.
-            Err(MergeError::NotReadable) => {}
-            Err(_) => {}
+        // What is lost has nothing to be merged: everything is the origin's.
+        if volume.begin_merge(id).is_ok() {
+            self.snaps[snap].body = Body::Beginning { level, id };
         }
         self.touch(level);
     }
@@ -206,16 +204,13 @@ impl Mapper {
                 continue;
             }
             let before = self.pending[at].progress;
-            match self.advance(at) {
-                Some(result) => {
-                    let pending = self.pending.remove(at);
-                    self.events.push_back(MapperEvent::Done(pending.id, result));
-                    went_on = true;
-                }
-                None => {
-                    went_on |= self.pending[at].progress != before;
-                    at += 1;
-                }
+            if let Some(result) = self.advance(at) {
+                let pending = self.pending.remove(at);
+                self.events.push_back(MapperEvent::Done(pending.id, result));
+                went_on = true;
+            } else {
+                went_on |= self.pending[at].progress != before;
+                at += 1;
             }
         }
         went_on
@@ -269,7 +264,7 @@ impl Mapper {
             .chain(device.inactive.take())
             .collect();
         for table in tables {
-            self.drop_table(table);
+            self.drop_table(&table);
         }
     }
 
@@ -368,7 +363,7 @@ impl Mapper {
         let new = device.inactive.take().expect("it was looked at");
         let lines: Vec<_> = new.lines.iter().map(|mapped| mapped.line.clone()).collect();
         if let Err(refused) = self.check_areas(&lines) {
-            self.drop_table(new);
+            self.drop_table(&new);
             return Err(refused);
         }
         let device = self.devices.get_mut(&id).expect("it was looked at");
@@ -525,7 +520,7 @@ impl Mapper {
         let old = device.replaced.take();
         self.release(id);
         if let Some(old) = old {
-            self.drop_table(old);
+            self.drop_table(&old);
         }
         self.pending[at].progress = Progress::Leaving;
         None
@@ -572,19 +567,13 @@ impl Mapper {
             .iter()
             .find(|key| !asked.contains(key))
             .or(open.first());
-        match free {
-            Some(&key) => {
-                self.levels[key].is_closing = true;
-                self.levels[key].volume.close();
-                self.touch(key);
-            }
-            None => {
-                let Phase::Closing { ok } = self.phase else {
-                    return;
-                };
-                self.phase = Phase::Closed;
-                self.events.push_back(MapperEvent::Closed(ok));
-            }
+        if let Some(&key) = free {
+            self.levels[key].is_closing = true;
+            self.levels[key].volume.close();
+            self.touch(key);
+        } else if let Phase::Closing { ok } = self.phase {
+            self.phase = Phase::Closed;
+            self.events.push_back(MapperEvent::Closed(ok));
         }
     }
 

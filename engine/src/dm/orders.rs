@@ -286,7 +286,7 @@ impl Mapper {
         let lines = mapped;
         let old = device.inactive.replace(Table { lines, read_only });
         if let Some(old) = old {
-            self.drop_table(old);
+            self.drop_table(&old);
         }
         Ok(())
     }
@@ -325,7 +325,7 @@ impl Mapper {
     /// The inactive table goes.
     pub fn clear(&mut self, id: DeviceId) -> Result<(), Refused> {
         if let Some(old) = self.device_mut(id)?.inactive.take() {
-            self.drop_table(old);
+            self.drop_table(&old);
         }
         Ok(())
     }
@@ -444,7 +444,7 @@ impl Mapper {
     }
 
     /// A table is in use no more: its snapshots leave their volumes.
-    pub(super) fn drop_table(&mut self, table: Table) {
+    pub(super) fn drop_table(&mut self, table: &Table) {
         for lower in table.lowers() {
             if let Lower::Disk(disk) = lower
                 && !self.is_named(lower)

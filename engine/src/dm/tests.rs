@@ -115,7 +115,7 @@ impl Rig {
     /// A disk of so many sectors, each of which says where it is.
     fn disk(&mut self, sectors: u64) -> Lower {
         let id = self.mapper.add_disk(sectors * SECTOR, 1);
-        let bytes = (0..sectors).flat_map(|n| [(id.0 as u64 * 50 + n) as u8; SECTOR as usize]);
+        let bytes = (0..sectors).flat_map(|n| [(u64::from(id.0) * 50 + n) as u8; SECTOR as usize]);
         self.disks.insert(id, bytes.collect());
         Lower::Disk(id)
     }
@@ -388,7 +388,7 @@ fn around_and_beneath(seed: u64) {
         _ => {
             let chunk = [2, 4, 8][rig.dice.below(3) as usize];
             let stripes = [(disks[0], 16), (disks[1], 0), (disks[2], 40)];
-            let count = (shape + 0) as usize;
+            let count = shape as usize;
             vec![line(
                 0,
                 24 * count as u64,

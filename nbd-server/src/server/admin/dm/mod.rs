@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::dm::{DeviceId, DeviceInfo, Errno, Lower, Need, NewLine, OrderId};
+use nbdsnap_engine::dm::{DeviceId, DeviceInfo, Errno, Lower, Need, NewLine, OrderId, TableLine};
 
 use super::refusal::Refused;
 use super::turn::Turn;
@@ -75,6 +75,9 @@ fn refused(errno: i32, why: impl Into<String>) -> Failed {
 }
 
 type Done<T> = Result<T, Failed>;
+
+/// Puts the lines of a table into words, given what a device is called.
+type Words = fn(&[TableLine], &dyn Fn(Lower) -> String) -> Vec<TextLine>;
 
 impl Turn<'_> {
     pub(super) fn dm(&mut self, order: DmOrder) -> Result<Answer, Refused> {
@@ -209,13 +212,11 @@ impl Turn<'_> {
                 }
             }
         });
-        match end {
-            Some(end) => Ok(end?),
-            None => {
-                self.shards[MAPPED_SHARD].with_mapped(move |mapped| mapped.forget(order));
-                Err(Refused::Stopping.into())
-            }
-        }
+        let Some(end) = end else {
+            self.shards[MAPPED_SHARD].with_mapped(move |mapped| mapped.forget(order));
+            return Err(Refused::Stopping.into());
+        };
+        Ok(end?)
     }
 
     fn dm_device(&mut self, name: &DeviceName) -> Done<DeviceId> {
@@ -389,12 +390,7 @@ impl Turn<'_> {
         self.mapped(move |mapped| mapped.mapper().has_clients(id))
     }
 
-    fn dm_lines(
-        &mut self,
-        device: &DeviceName,
-        inactive: bool,
-        words: fn(&[nbdsnap_engine::dm::TableLine], &dyn Fn(Lower) -> String) -> Vec<TextLine>,
-    ) -> Done<DmAnswer> {
+    fn dm_lines(&mut self, device: &DeviceName, inactive: bool, words: Words) -> Done<DmAnswer> {
         let id = self.dm_device(device)?;
         let (info, lines) = self.mapped(move |mapped| {
             let mapper = mapped.mapper();

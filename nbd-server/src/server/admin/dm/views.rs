@@ -334,9 +334,10 @@ impl Turn<'_> {
         }
         for report in reports.iter().filter(|_| remove.delete_cow) {
             let is_file = std::fs::metadata(&report.cow).is_ok_and(|meta| meta.is_file());
-            let deleted = match is_file {
-                true => std::fs::remove_file(&report.cow).map_err(|error| error.to_string()),
-                false => Err("it is no file".into()),
+            let deleted = if is_file {
+                std::fs::remove_file(&report.cow).map_err(|error| error.to_string())
+            } else {
+                Err("it is no file".into())
             };
             deleted.map_err(|why| {
                 Refused::Mapped(format!(
@@ -503,9 +504,10 @@ impl Turn<'_> {
         let kind = letters(snapshot.kind.into());
         line.len = snapshot.bytes / SECTOR_BYTES;
         line.target = "snapshot".into();
-        let origin = match snapshot.of.contains('@') {
-            true => format!("/dev/mapper/{}", snapshot.of),
-            false => disk,
+        let origin = if snapshot.of.contains('@') {
+            format!("/dev/mapper/{}", snapshot.of)
+        } else {
+            disk
         };
         line.params = format!(
             "{origin} {} {kind} {}",
