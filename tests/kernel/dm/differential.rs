@@ -2,6 +2,7 @@
 //! between them, on both sides. `NBDSNAP_SEED` plays one again, `NBDSNAP_LONG` goes
 //! on with longer ones.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -103,15 +104,37 @@ fn agrees_with_the_model(sequence: &Sequence, outcomes: &[Outcome]) {
     }
 }
 
+/// Where the disks differ at the end, in sectors: for whoever looks for the cause.
+fn ranges(left: &[PathBuf], right: &[PathBuf]) -> String {
+    let mut told = String::new();
+    for (letter, (left, right)) in ('a'..).zip(left.iter().zip(right)) {
+        let [left, right] = [left, right].map(|path| std::fs::read(path).expect("a disk"));
+        let sectors = left.chunks(512).zip(right.chunks(512)).enumerate();
+        let differ = sectors.filter(|(_, (left, right))| left != right);
+        let numbers: Vec<String> = differ.map(|(n, _)| n.to_string()).collect();
+        let first = numbers
+            .iter()
+            .take(40)
+            .cloned()
+            .collect::<Vec<_>>()
+            .join(" ");
+        let _ = writeln!(told, "@{letter}: {} sectors differ: {first}", numbers.len());
+    }
+    told
+}
+
 /// Both sides on the same disks.
 fn both(machine: &Machine, seed: u64, steps: usize) {
     let sequence = sequence(seed, steps);
     let (here, there) = (folder(), folder());
-    let kernel = on_the_kernel(machine, &make_disks(there.path(), seed), &sequence.steps);
+    let [ours, theirs] = [&here, &there].map(|folder| make_disks(folder.path(), seed));
+    let kernel = on_the_kernel(machine, &theirs, &sequence.steps);
     agrees_with_the_model(&sequence, &kernel);
-    let (ours, server) = on_nbdsnap(here.path(), &make_disks(here.path(), seed), &sequence.steps);
-    if let Some(told) = difference(&sequence.steps, &kernel, &ours, ["dmsetup", "nbdsnap"]) {
-        panic!("seed {seed}: {told}");
+    let (answers, server) = on_nbdsnap(here.path(), &ours, &sequence.steps);
+    let told = difference(&sequence.steps, &kernel, &answers, ["dmsetup", "nbdsnap"]);
+    if let Some(told) = told {
+        let disks = ranges(&theirs, &ours);
+        panic!("seed {seed}: {told}\nat the end\n{disks}");
     }
     server.stop();
 }

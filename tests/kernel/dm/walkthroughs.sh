@@ -44,8 +44,8 @@ write_on() {
 }
 has_written() { [ $(wc -l </tmp/acknowledged) -ge $1 ]; }
 
-# end NAME TABLE DISK: the backup is the instant, the disk is as it was meant to be,
-# and all of it is there when the device is made anew.
+# end NAME TABLE OPTION: the backup is the instant, the disk is as it was meant to be,
+# and all of it is there on the disk, which is mounted with an option.
 end() {
     touch /tmp/stop
     wait $writer || die $1: the writer failed
@@ -61,10 +61,11 @@ end() {
     seq 1 $(wc -l </tmp/acknowledged) | cmp - /mnt/disk/log || die $1: numbers are lost
     umount /mnt/disk
     $DMSETUP remove $1
-    mount -o ro,$NORECOVERY $3 /mnt/disk
+    dmsetup create seen --table "$2"
+    mount -o ro,$3 /dev/mapper/seen /mnt/disk
     (cd /mnt/disk/settled && find . -type f | sort | xargs sha256sum) | cmp - /tmp/disk.sums || die $1: files are lost
     umount /mnt/disk
-    losetup -d $3
+    dmsetup remove seen
     say done.$1 $SIDE $(wc -l </tmp/acknowledged)
 }
 
@@ -74,8 +75,7 @@ linear() {
     mount /dev/mapper/home /mnt/disk
     begin
     live_linear home /dev/vdb /mnt/snapshot /tmp/backup || die live_linear
-    losetup -o $((2048 * 512)) --sizelimit $((81920 * 512)) /dev/loop0 /dev/vda
-    NORECOVERY=noload end home "0 81920 linear $(cat /sys/block/vda/dev) 2048" /dev/loop0
+    end home "0 81920 linear $(cat /sys/block/vda/dev) 2048" noload
 }
 
 xfs() {
@@ -84,8 +84,7 @@ xfs() {
     mount -t xfs /dev/mapper/plain /mnt/disk
     begin
     live_xfs plain /dev/vdb /mnt/snapshot /tmp/backup || die live_xfs
-    losetup -o $((2048 * 512)) --sizelimit $((655360 * 512)) /dev/loop0 /dev/vdc
-    NORECOVERY=norecovery end plain "0 655360 linear $(cat /sys/block/vdc/dev) 2048" /dev/loop0
+    end plain "0 655360 linear $(cat /sys/block/vdc/dev) 2048" norecovery
 }
 
 # A volume rolled back, with its content looked at when it has hardly been copied, and

@@ -388,7 +388,11 @@ impl Generator {
             2 => (offset, self.random.between(1, 8) * SECTOR),
             _ => (offset, self.random.between(1, LONGEST / SECTOR) * SECTOR),
         };
-        let len = len.min(LONGEST).min(size - offset);
+        let mut len = len.min(LONGEST).min(size - offset);
+        if let Some(uncut) = self.model.uncut(device) {
+            let uncut = uncut * SECTOR;
+            len = len.min(uncut - offset % uncut);
+        }
         // Half a write that finds no space is a matter of order.
         if self.is_small_store(device) {
             return (offset, len.min(chunk - offset % chunk));

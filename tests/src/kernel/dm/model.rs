@@ -125,6 +125,9 @@ pub enum Store {
     Unknown,
 }
 
+/// Larger than any chunk.
+const NO_CHUNK: u64 = u64::MAX;
+
 /// A table in one of the two slots.
 #[derive(Clone, Debug)]
 struct Loaded {
@@ -141,6 +144,8 @@ pub struct Device {
     /// Its number.
     pub number: u64,
     uuid: Option<String>,
+    /// The smallest chunk of the snapshots that there were when it was last resumed.
+    split: u64,
     live: Option<Loaded>,
     inactive: Option<Loaded>,
     /// Whether it is suspended.
@@ -195,6 +200,13 @@ fn snapshots(table: &[Line]) -> impl Iterator<Item = &Snapshot> {
     })
 }
 
+fn snapshots_mut(table: &mut Table) -> impl Iterator<Item = &mut Snapshot> {
+    table.iter_mut().filter_map(|line| match &mut line.target {
+        Target::Snapshot(line) => Some(line),
+        _ => None,
+    })
+}
+
 fn stands_on(target: &Target) -> Vec<On> {
     match target {
         Target::Zero | Target::Error => Vec::new(),
@@ -210,6 +222,8 @@ pub struct Model {
     /// All of them.
     pub devices: BTreeMap<String, Device>,
     stores: BTreeMap<On, Store>,
+    /// Sectors in a chunk, where there is a store.
+    chunks: BTreeMap<On, u64>,
     made: u64,
 }
 
@@ -275,6 +289,26 @@ impl Model {
     /// Whether a merge into it has been loaded.
     pub fn has_merge(&self, origin: On) -> bool {
         self.snapshots_of(origin).any(|(_, line, _)| line.merge)
+    }
+
+    /// The smallest chunk of the snapshots of an origin.
+    fn smallest_chunk(&self, origin: On) -> u64 {
+        let chunks = self.snapshots_of(origin).map(|(_, line, _)| line.chunk);
+        chunks.min().unwrap_or(NO_CHUNK)
+    }
+
+    /// A write to this device must not cross borders of so many sectors: the kernel
+    /// cuts writes to an origin by the chunks of those snapshots that it had when it was
+    /// resumed. Of a write that it should have cut, it copies the first chunk only.
+    pub fn uncut(&self, name: &str) -> Option<u64> {
+        let device = self.device(name)?;
+        let origin = match device.only_line()? {
+            Target::Origin { on } => *on,
+            Target::Snapshot(line) if line.merge => line.origin,
+            _ => return None,
+        };
+        let smallest = self.smallest_chunk(origin);
+        (smallest < device.split).then_some(smallest)
     }
 
     /// Whether I/O there would fail or wait: it, or what it stands on, is suspended
@@ -451,6 +485,7 @@ impl Model {
         let device = Device {
             number: self.made,
             uuid: uuid.cloned(),
+            split: NO_CHUNK,
             live: None,
             inactive: None,
             suspended: false,
@@ -470,26 +505,35 @@ impl Model {
         if !self.devices.contains_key(name) {
             return false;
         }
-        for line in snapshots(table) {
+        let mut table = table.clone();
+        for line in snapshots_mut(&mut table) {
             let (active, waiting) = self.sharing(line);
             let transient = line.kind == Kind::Transient;
             let second = active == 1 && line.merge && self.has_merge(line.origin);
             if waiting > 0 || active > 1 || (line.merge && transient) || second {
                 return false;
             }
-            if active == 0 && !transient {
-                if self.store(line.cow) == Store::Rubbish {
-                    return false;
+            match (active, self.store(line.cow)) {
+                (0, Store::Rubbish) if !transient => return false,
+                // What is there has its own chunk size.
+                (0, Store::Store) if !transient => line.chunk = self.chunks[&line.cow],
+                (0, _) => {
+                    self.chunks.insert(line.cow, line.chunk);
                 }
-                self.stores.insert(line.cow, Store::Store);
+                _ => line.chunk = self.chunks[&line.cow],
             }
-            if transient {
-                self.stores.insert(line.cow, Store::Unknown);
+            if active == 0 {
+                let store = if transient {
+                    Store::Unknown
+                } else {
+                    Store::Store
+                };
+                self.stores.insert(line.cow, store);
             }
         }
         let device = self.devices.get_mut(name).expect("it is there");
         device.inactive = Some(Loaded {
-            table: table.clone(),
+            table,
             active: false,
             merged: false,
         });
@@ -518,7 +562,14 @@ impl Model {
         {
             return false;
         }
+        let origin = match self.devices[name].only_line() {
+            Some(Target::Origin { on }) => Some(*on),
+            Some(Target::Snapshot(line)) => Some(line.origin),
+            _ => None,
+        };
+        let split = origin.map_or(NO_CHUNK, |origin| self.smallest_chunk(origin));
         let device = self.devices.get_mut(name).expect("it is there");
+        device.split = split;
         device.suspended = false;
         device.live.as_mut().expect("a table").active = true;
         true

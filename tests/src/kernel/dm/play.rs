@@ -91,6 +91,7 @@ impl Side {
         command
             .args(&self.program[1..])
             .args(args.iter().map(|arg| self.with_disks(arg)))
+            .env("LC_ALL", "C")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -161,11 +161,20 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Its lines, the first with the number of the step.
+    /// Its lines, the first with the number of the step. Each ends with a `$`, for
+    /// blanks before it to survive.
     pub fn to_lines(&self, number: usize) -> Vec<String> {
         let mut lines = vec![format!("outcome {number} {}", self.code)];
-        lines.extend(self.out.iter().map(|line| format!("out {}", escaped(line))));
-        lines.extend(self.err.iter().map(|line| format!("err {}", escaped(line))));
+        lines.extend(
+            self.out
+                .iter()
+                .map(|line| format!("out {}$", escaped(line))),
+        );
+        lines.extend(
+            self.err
+                .iter()
+                .map(|line| format!("err {}$", escaped(line))),
+        );
         lines
     }
 
@@ -174,6 +183,7 @@ impl Outcome {
         let mut all: Vec<Self> = Vec::new();
         for line in lines {
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+            let rest = rest.strip_suffix('$').unwrap_or(rest);
             match (word, all.last_mut()) {
                 ("outcome", _) => {
                     let (number, code) = rest.split_once(' ').expect("a number and a status");
@@ -256,7 +266,7 @@ mod tests {
         }
         let outcome = Outcome {
             code: 1,
-            out: vec!["a\tb".to_owned(), String::new()],
+            out: vec!["a\tb ".to_owned(), String::new()],
             err: vec!["no \\".to_owned()],
         };
         let lines = outcome.to_lines(0);

@@ -104,10 +104,13 @@ pub fn difference(
     right: &[Outcome],
     names: [&str; 2],
 ) -> Option<String> {
-    let at = (0..steps.len()).find(|&n| match (left.get(n), right.get(n)) {
+    let differs = |&n: &usize| match (left.get(n), right.get(n)) {
         (Some(left), Some(right)) => left.code != right.code || left.out != right.out,
         _ => true,
-    })?;
+    };
+    let at = (0..steps.len()).find(differs)?;
+    let later = (at + 1..steps.len()).filter(differs);
+    let later: Vec<String> = later.map(|n| format!("  {n}: {}", steps[n])).collect();
     let show = |outcome: Option<&Outcome>| {
         outcome.map_or_else(|| "came not so far".to_owned(), ToString::to_string)
     };
@@ -118,13 +121,14 @@ pub fn difference(
         })
         .collect();
     Some(format!(
-        "the steps before (x: refused):\n{}\nstep {at} differs:\n     {}\n  {}: {}\n  {}: {}",
+        "the steps before (x: refused):\n{}\nstep {at} differs:\n     {}\n  {}: {}\n  {}: {}\nlater ones:\n{}",
         before.join("\n"),
         steps[at],
         names[0],
         show(left.get(at)),
         names[1],
         show(right.get(at)),
+        later.join("\n"),
     ))
 }
 
