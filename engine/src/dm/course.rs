@@ -152,6 +152,9 @@ impl Mapper {
             return;
         };
         self.snaps[snap].body = Body::There { level: key, id };
+        // The kernel looks at the length of the device, not at that of the line.
+        let bytes = self.snaps[snap].bytes;
+        self.levels[key].volume.set_snapshot_bytes(id, bytes);
         if self.snaps[snap].merges {
             self.begin_merge(snap);
         }

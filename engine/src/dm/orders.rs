@@ -275,9 +275,10 @@ impl Mapper {
                 }
             }
         }
+        let bytes = values.last().map_or(0, Line::end);
         let mut mapped = Vec::new();
         for new in lines {
-            let snap = self.new_snap(&new.line.target, new.store);
+            let snap = self.new_snap(&new.line.target, bytes, new.store);
             let line = new.line;
             mapped.push(Mapped { line, snap });
         }
@@ -291,7 +292,7 @@ impl Mapper {
         Ok(())
     }
 
-    fn new_snap(&mut self, target: &Target, store: Option<Store>) -> Option<usize> {
+    fn new_snap(&mut self, target: &Target, bytes: u64, store: Option<Store>) -> Option<usize> {
         let (pair, merges) = match target {
             Target::Snapshot(pair) => (pair, false),
             Target::SnapshotMerge(pair) => (pair, true),
@@ -316,6 +317,7 @@ impl Mapper {
             chunk,
             discard_zeroes_cow: pair.discard_zeroes_cow,
             discard_passdown_origin: pair.discard_passdown_origin,
+            bytes,
             active: false,
             overflowed: false,
             body,

@@ -842,3 +842,18 @@ fn an_end_with_everything_in_use_commits_all_of_it() {
     assert_eq!(rig.replies.remove(&late), Some(Err(Failure::ShuttingDown)));
     assert!(rig.mapper.is_idle());
 }
+
+#[test]
+fn a_snapshot_that_is_shorter_than_its_origin_keeps_nothing_behind_its_end() {
+    let mut rig = Rig::new(10);
+    let (disk, cow) = (rig.disk(64), rig.empty_disk(400));
+    let half = vec![line(0, 30, Target::Snapshot(pair(disk, cow, 4)))];
+    let (id, view) = rig.device("half", half);
+    let frozen = rig.read(view);
+    rig.write(disk, 24, 20, 99);
+    // The chunks 6 and 7: the second one has two sectors of it.
+    assert_eq!(rig.status(id), "16/400 8");
+    rig.write(disk, 50, 10, 98);
+    assert_eq!(rig.status(id), "16/400 8");
+    assert_eq!(rig.read(view), frozen);
+}

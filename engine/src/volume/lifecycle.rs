@@ -57,6 +57,16 @@ impl Volume {
         Ok(())
     }
 
+    /// A snapshot is so long from now on, at most as long as the origin: writes behind
+    /// its end are no concern of it. One that becomes longer shows there what the
+    /// origin holds, whatever was written since its instant.
+    pub(crate) fn set_snapshot_bytes(&mut self, id: SnapshotId, bytes: u64) {
+        let most = self.config.origin_bytes;
+        if let Some(index) = self.index_of(id) {
+            self.snapshots[index].origin_bytes = bytes.min(most);
+        }
+    }
+
     /// The next snapshot gets this number: where several volumes share one count of
     /// them (`tree`).
     pub(crate) fn number_next_snapshot(&mut self, number: u32) {
