@@ -176,15 +176,27 @@ impl Server {
 
 /// What a turn found.
 struct Turn {
-    first_iops: f64,
-    last_iops: f64,
+    first: Measured,
+    last: Measured,
 }
 
 impl Turn {
-    /// What a read of the last level costs, by one of the first.
+    /// How long a read of the last level takes, by one of the first.
     fn ratio(&self) -> f64 {
-        self.first_iops / self.last_iops
+        self.first.iops() / self.last.iops()
     }
+}
+
+/// The server's CPU time for one read, over all turns: less of others' doing is in it
+/// than in the time that passes.
+fn cpu_us<'a>(all: impl Iterator<Item = &'a Measured>) -> Option<f64> {
+    let mut cpu = Duration::ZERO;
+    let mut operations = 0;
+    for one in all {
+        cpu += one.server_cpu?;
+        operations += one.operations;
+    }
+    Some(cpu.as_secs_f64() * 1e6 / operations as f64)
 }
 
 fn run(options: &Options) -> Result<(), BenchError> {
@@ -227,18 +239,15 @@ fn run(options: &Options) -> Result<(), BenchError> {
             server.read(path, content, &load)
         };
         // Who begins changes from turn to turn.
-        let (one, eight) = if turn % 2 == 0 {
-            let one = measure(&first_path, &first_content)?;
-            (one, measure(&path, &content)?)
+        let (first, last) = if turn % 2 == 0 {
+            let first = measure(&first_path, &first_content)?;
+            (first, measure(&path, &content)?)
         } else {
-            let eight = measure(&path, &content)?;
-            (measure(&first_path, &first_content)?, eight)
+            let last = measure(&path, &content)?;
+            (measure(&first_path, &first_content)?, last)
         };
         if turn > 0 {
-            turns.push(Turn {
-                first_iops: one.iops(),
-                last_iops: eight.iops(),
-            });
+            turns.push(Turn { first, last });
         }
     }
     report(options, turns)
@@ -269,6 +278,10 @@ fn report(options: &Options, mut turns: Vec<Turn>) -> Result<(), BenchError> {
     };
     let middle = &turns[turns.len() / 2];
     let ratio = middle.ratio();
+    let first_cpu = cpu_us(turns.iter().map(|turn| &turn.first));
+    let last_cpu = cpu_us(turns.iter().map(|turn| &turn.last));
+    let first_cpu = first_cpu.ok_or_else(|| BenchError::Unsuitable("the server ended".into()))?;
+    let last_cpu = last_cpu.ok_or_else(|| BenchError::Unsuitable("the server ended".into()))?;
     if options.json {
         let report = json!({
             "levels": options.levels,
@@ -276,19 +289,25 @@ fn report(options: &Options, mut turns: Vec<Turn>) -> Result<(), BenchError> {
             "ratio": ratio,
             "least": least.ratio(),
             "most": most.ratio(),
-            "first_iops": middle.first_iops,
-            "last_iops": middle.last_iops,
+            "first_iops": middle.first.iops(),
+            "last_iops": middle.last.iops(),
+            "first_cpu_us": first_cpu,
+            "last_cpu_us": last_cpu,
         });
         println!("{report}");
     } else {
         println!(
-            "{} levels: a read costs x {ratio:.2} ({:.2} to {:.2}) of one of the first level; {:.0} and {:.0} IOPS in the median turn of {}",
+            "{} levels: a read takes x {ratio:.2} ({:.2} to {:.2}) of one of the first level: {:.0} and {:.0} IOPS in the median turn of {}",
             options.levels,
             least.ratio(),
             most.ratio(),
-            middle.last_iops,
-            middle.first_iops,
+            middle.last.iops(),
+            middle.first.iops(),
             turns.len()
+        );
+        println!(
+            "  server CPU: x {:.2}, {last_cpu:.2} and {first_cpu:.2} us a read",
+            last_cpu / first_cpu
         );
     }
     if options.check_bar && ratio > BAR {

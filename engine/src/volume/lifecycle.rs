@@ -74,6 +74,11 @@ impl Volume {
         self.next_snapshot = number;
     }
 
+    /// There are replies or events to be taken.
+    pub(crate) fn has_news(&self) -> bool {
+        !self.replies.is_empty() || !self.events.is_empty()
+    }
+
     /// Nothing stands on the origin, is to, or is asked of it here: a request for it
     /// can as well be made around this volume, told of by
     /// [`Volume::change_begins_elsewhere`] if it changes the origin (`tree`).

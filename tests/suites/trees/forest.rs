@@ -198,7 +198,7 @@ impl Forest {
         );
         self.tally.reads += performed.iter().map(|one| one.reads).sum::<u64>();
         self.tally.writes += performed.iter().map(|one| one.writes).sum::<u64>();
-        if round % 3 == 0 {
+        if round.is_multiple_of(3) {
             self.check_all();
         }
     }

@@ -94,6 +94,9 @@ fn orders_that_would_break_the_tree_are_refused_by_name() {
     server.stop();
 }
 
+/// Exports with the places of their stores, further words, and the complaint.
+type Case<'a> = (&'a [(&'a str, usize)], &'a [&'a str], &'a str);
+
 #[test]
 fn stores_come_back_only_upon_what_they_were_taken_of() {
     let folder = folder();
@@ -128,13 +131,14 @@ fn stores_come_back_only_upon_what_they_were_taken_of() {
         models.push(model);
     }
     let mut client = attach(&server, "disk");
-    client.write(100_000, &[9; 50_000], false).expect("written");
+    let data = vec![9; 50_000];
+    client.write(100_000, &data, false).expect("written");
     models[0][100_000..150_000].fill(9);
     drop(client);
     server.kill();
     let before = Fingerprint::of(at);
     let [a, b, c] = [0, 1, 2].map(|n| stores[n].1.display().to_string());
-    let cases: &[(&[(&str, usize)], &[&str], &str)] = &[
+    let cases: &[Case<'_>] = &[
         (&whole[..2], &[], "'a@b@c'"),
         (&whole[..1], &[], "'a@b@c'"),
         (&[], &[], "'a@b@c'"),
