@@ -26,7 +26,7 @@ use super::{PLAYER, SUITE};
 const STEPS: usize = 250;
 
 /// What a side answered to the probes, then to the steps: in common words.
-fn translated(outcomes: Vec<Outcome>, probes: usize) -> Vec<Outcome> {
+fn translated(outcomes: &[Outcome], probes: usize) -> Vec<Outcome> {
     let numbers = Numbers::learn(&outcomes[..probes]);
     let outcomes = outcomes[probes..].iter();
     outcomes.map(|outcome| numbers.translate(outcome)).collect()
@@ -58,7 +58,7 @@ pub(super) fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]
         steps.len(),
         began.elapsed()
     );
-    translated(outcomes, probes)
+    translated(&outcomes, probes)
 }
 
 /// nbdsnap's answers, and the server, which is still to be stopped: whatever differs
@@ -83,7 +83,7 @@ pub(super) fn on_nbdsnap(
     let began = Instant::now();
     let outcomes = steps.iter().map(|step| side.play(step)).collect();
     println!("nbdsnap: {} steps in {:.0?}", steps.len(), began.elapsed());
-    (translated(outcomes, probes), server)
+    (translated(&outcomes, probes), server)
 }
 
 /// The model and the kernel agree on what succeeds; if not, the model is wrong, and
