@@ -81,7 +81,7 @@ pub(super) fn on_nbdsnap(
     };
     side.program.insert(0, program().display().to_string());
     let began = Instant::now();
-    let outcomes = steps.iter().map(|step| side.play(step)).collect();
+    let outcomes: Vec<Outcome> = steps.iter().map(|step| side.play(step)).collect();
     println!("nbdsnap: {} steps in {:.0?}", steps.len(), began.elapsed());
     (translated(&outcomes, probes), server)
 }
