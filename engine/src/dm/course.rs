@@ -61,10 +61,15 @@ impl Mapper {
                     self.on_event(key, &event);
                 }
             }
+            // Most requests leave orders and snapshots as they are.
+            if self.is_settled {
+                return;
+            }
             let joined = self.join_snaps();
             let went_on = self.advance_orders();
-            self.end_levels();
+            let all_needed = self.end_levels();
             if !joined && !went_on && self.touched.is_empty() {
+                self.is_settled = self.pending.is_empty() && all_needed;
                 return;
             }
         }
@@ -77,6 +82,7 @@ impl Mapper {
     }
 
     fn on_event(&mut self, key: LevelKey, event: &Event) {
+        self.is_settled = false;
         match *event {
             Event::Created(id) => self.on_joined(key, id),
             Event::CreateFailed(id) => {
@@ -529,8 +535,10 @@ impl Mapper {
         None
     }
 
-    /// Volumes without snapshots go.
-    fn end_levels(&mut self) {
+    /// Volumes without snapshots go, once nothing is in flight in them. True: there is
+    /// none left.
+    fn end_levels(&mut self) -> bool {
+        let mut all_needed = true;
         let keys: Vec<_> = self.levels.iter().map(|(key, _)| key).collect();
         for key in keys {
             let level = &self.levels[key];
@@ -539,11 +547,17 @@ impl Mapper {
                 && !level.is_touched
                 && !level.is_runnable
                 && level.volume.is_idle();
-            if !is_needed && rests && self.phase == Phase::Open {
+            if is_needed || self.phase != Phase::Open {
+                continue;
+            }
+            if rests {
                 self.levels.remove(key);
                 self.cover_anew();
+            } else {
+                all_needed = false;
             }
         }
+        all_needed
     }
 
     /// Answer new requests with [`crate::Failure::ShuttingDown`], let the others end,

@@ -441,12 +441,14 @@ impl Mapper {
             kind,
             progress: Progress::Waiting,
         });
+        self.is_settled = false;
         self.settle();
         id
     }
 
     /// A table is in use no more: its snapshots leave their volumes.
     pub(super) fn drop_table(&mut self, table: &Table) {
+        self.is_settled = false;
         for lower in table.lowers() {
             if let Lower::Disk(disk) = lower
                 && !self.is_named(lower)
