@@ -1,7 +1,6 @@
 //! The offline tools on stores that are as wrong as a test wants them: each kind of
 //! damage is found and mended or reported as lost; what is refused changes nothing.
 
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
