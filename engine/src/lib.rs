@@ -60,6 +60,7 @@
 //! - Whatever waits decides anew when it wakes (`volume/task.rs`).
 #![forbid(unsafe_code)]
 
+mod below;
 pub mod disk;
 pub mod dm;
 mod in_flight;

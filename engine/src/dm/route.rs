@@ -7,11 +7,9 @@ use super::cover::Part;
 use super::device::{Course, Mapped, Step, Way};
 use super::snap::Snap;
 use super::{Base, DeviceId, Level, LevelKey, Lower, MappedOp, Mapper, Phase, Target};
+use crate::below::{outcome_of, request_for};
 use crate::disk::{Action, Device as Which, DiskError, DiskOp, OpId, Outcome};
 use crate::request::{Command, Failure, Reply, Request, RequestId, View};
-
-/// What an operation meets where a device fails (EIO).
-const EIO: i32 = 5;
 
 /// Volumes with larger numbers than this: all.
 const ALL: u32 = u32::MAX;
@@ -364,7 +362,7 @@ impl Mapper {
             }
         };
         let asker = Asker::Level { level: key, op: id };
-        let command = command_of(action);
+        let command = request_for(action);
         let Some((offset, len)) = range(&command) else {
             let bases = match device {
                 Which::Origin => self.levels[key].bases.clone(),
@@ -451,10 +449,7 @@ impl Mapper {
             match asker {
                 Asker::Client(id) => return self.replies.push_back(Reply { id, result }),
                 Asker::Level { level, op } => {
-                    let outcome = result.map(join).map_err(|failure| match failure {
-                        Failure::NoSpace => DiskError::NoSpace,
-                        _ => DiskError::Io(EIO),
-                    });
+                    let outcome = outcome_of(result);
                     self.levels[level].volume.handle_completion(op, outcome);
                     return self.touch(level);
                 }
@@ -597,40 +592,5 @@ fn part(command: &Command, from: u64, offset: u64, len: u64) -> Command {
         },
         Command::Trim { fua, .. } => Command::Trim { offset, len, fua },
         Command::Flush => Command::Flush,
-    }
-}
-
-/// What a volume asks of a device, as a request.
-fn command_of(action: Action) -> Command {
-    let fua = false;
-    match action {
-        Action::Read { offset, len } => Command::Read { offset, len },
-        Action::Write { offset, data } => Command::Write {
-            offset,
-            data: join(data),
-            fua,
-        },
-        Action::WriteZeroes {
-            offset,
-            len,
-            may_punch,
-        } => Command::WriteZeroes {
-            offset,
-            len,
-            fua,
-            no_hole: !may_punch,
-            fast_only: false,
-        },
-        Action::Trim { offset, len } => Command::Trim { offset, len, fua },
-        Action::Flush => Command::Flush,
-        Action::Grow { .. } => unreachable!("these stores have all their room"),
-    }
-}
-
-/// The pieces in one.
-fn join(mut pieces: Vec<Bytes>) -> Bytes {
-    match pieces.len() {
-        1 => pieces.remove(0),
-        _ => pieces.concat().into(),
     }
 }

@@ -4,16 +4,14 @@
 use bytes::Bytes;
 
 use super::{Asker, Below, LevelKey, Standing, Tree};
-use crate::disk::{Action, Device, DiskError, DiskOp, OpId, Outcome};
-use crate::request::{Command, Failure, Reply, Request, RequestId, SnapshotId, View};
+use crate::below::{outcome_of, request_for};
+use crate::disk::{Action, Device, DiskOp, OpId, Outcome};
+use crate::request::{Command, Reply, Request, RequestId, SnapshotId, View};
 use crate::volume::Event;
 
 /// Operations that a level hands out in a row while others wait: as many as a
 /// volume does before it begins the flushes that somebody waits for.
 const TURN: u32 = 256;
-
-/// What an operation on a snapshot meets where the snapshot fails (EIO).
-const EIO: i32 = 5;
 
 impl Tree {
     /// The next operation to perform on a physical disk, if there is one.
@@ -64,35 +62,12 @@ impl Tree {
     }
 
     fn ask_below(&mut self, key: LevelKey, below: Below, op: OpId, action: Action) {
-        let fua = false;
-        let command = match action {
-            Action::Read { offset, len } => Command::Read { offset, len },
-            Action::Write { offset, data } => Command::Write {
-                offset,
-                data: join(data),
-                fua,
-            },
-            Action::WriteZeroes {
-                offset,
-                len,
-                may_punch,
-            } => Command::WriteZeroes {
-                offset,
-                len,
-                fua,
-                no_hole: !may_punch,
-                fast_only: false,
-            },
-            Action::Trim { offset, len } => Command::Trim { offset, len, fua },
-            Action::Flush if !self.law.inner_flush_passed_on() => {
-                self.levels[key]
-                    .volume
-                    .handle_completion(op, Ok(Bytes::new()));
-                return self.touch(key);
-            }
-            Action::Flush => Command::Flush,
-            Action::Grow { .. } => unreachable!("only stores grow"),
-        };
+        if action == Action::Flush && !self.law.inner_flush_passed_on() {
+            let volume = &mut self.levels[key].volume;
+            volume.handle_completion(op, Ok(Bytes::new()));
+            return self.touch(key);
+        }
+        let command = request_for(action);
         let view = View::Snapshot(below.snapshot);
         self.ask(below.level, view, command, Asker::Level(key, op));
     }
@@ -162,10 +137,7 @@ impl Tree {
                 self.reply(id, reply.result);
             }
             Asker::Level(key, op) => {
-                let outcome = reply.result.map(join).map_err(|failure| match failure {
-                    Failure::NoSpace => DiskError::NoSpace,
-                    _ => DiskError::Io(EIO),
-                });
+                let outcome = outcome_of(reply.result);
                 self.levels[key].volume.handle_completion(op, outcome);
                 self.touch(key);
             }
@@ -231,13 +203,5 @@ impl Tree {
             self.arrived(key, true);
             self.levels.remove(key);
         }
-    }
-}
-
-/// The pieces in one.
-fn join(mut pieces: Vec<Bytes>) -> Bytes {
-    match pieces.len() {
-        1 => pieces.remove(0),
-        _ => pieces.concat().into(),
     }
 }
