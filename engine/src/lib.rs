@@ -46,6 +46,11 @@
 //! A volume whose origin is a snapshot of another one, and so on: `tree/`. What is
 //! above holds for each of them.
 //!
+//! # Mapped devices
+//!
+//! Device-mapper's tables over disks, with volumes where something is an origin:
+//! `dm/`.
+//!
 //! # Invariants
 //!
 //! - A chunk's copy never moves, and is never given back.

@@ -112,15 +112,15 @@ impl ExceptionTable {
 
     /// Take out the exception of a chunk that has one.
     pub(crate) fn remove(&mut self, old: OriginChunk) {
-        let found = self.runs.range(..=old.0).next_back();
-        let (&start, &run) = found.expect("the chunk has a copy");
-        let into = old.0 - start;
+        let found = self.runs.range_mut(..=old.0).next_back();
+        let (&start, packed) = found.expect("the chunk has a copy");
+        let (into, run) = (old.0 - start, *packed);
         assert!(into < run.len(), "the chunk has a copy");
         self.count -= 1;
-        self.runs.remove(&start);
         if into > 0 {
-            let before = Packed::new(CowChunk(run.first()), into);
-            self.runs.insert(start, before);
+            *packed = Packed::new(CowChunk(run.first()), into);
+        } else {
+            self.runs.remove(&start);
         }
         let after = run.len() - into - 1;
         if after > 0 {

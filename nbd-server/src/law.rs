@@ -8,18 +8,9 @@
 //! they notice.
 
 use nbdsnap_engine::{
-    Access, DiskError, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Tree, Volume,
+    Access, DiskError, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Tree,
     VolumeConfig,
 };
-
-/// [`Volume::new`].
-pub(crate) fn new_volume(config: VolumeConfig) -> Volume {
-    #[allow(unused_mut)]
-    let mut volume = Volume::new(config);
-    #[cfg(feature = "mutants")]
-    volume.set_law(broken::law());
-    volume
-}
 
 /// [`Tree::new`].
 pub(crate) fn new_tree(config: VolumeConfig) -> Tree {

@@ -1,10 +1,13 @@
 //! Block devices as disk and as COW store (loop devices: needs root): as big as
-//! they are, never smaller chunks than their blocks, and theirs alone.
+//! they are, never smaller chunks than their blocks, and theirs alone. The offline tools
+//! take them too.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nbdsnap_tests::harness::files::{folder, random_file, sha256, sparse_file};
-use nbdsnap_tests::harness::process::{run_client, wait_until};
+use nbdsnap_tests::harness::process::{Finished, run, run_client, wait_until};
+use nbdsnap_tests::harness::program::program;
 use nbdsnap_tests::harness::random::{Random, seed};
 use nbdsnap_tests::harness::server::{Serve, Server};
 use nbdsnap_tests::harness::wire::{Session, errno};
@@ -198,4 +201,89 @@ fn what_a_block_device_cannot_do_is_refused_and_nothing_is_written() {
         "{done}"
     );
     server.stop();
+}
+
+/// `nbdsnap cow ...`; what changes a disk is remembered in the folder.
+fn cow(folder: &Path, args: &[&dyn AsRef<std::ffi::OsStr>]) -> Finished {
+    let mut command = Command::new(program());
+    command.arg("cow").current_dir(folder);
+    run(command.args(args.iter().map(AsRef::as_ref)))
+}
+
+#[test]
+fn the_offline_tools_take_block_devices() {
+    let mut random = Random::new(seed("block_device_offline"));
+    let folder = folder();
+    let folder = folder.path();
+    let file = |name: &str| folder.join(name);
+    let before = random_file(&file("disk"), 4 * MIB as usize, &mut random);
+    for name in ["cow", "image", "again"] {
+        sparse_file(&file(name), 8 * MIB);
+    }
+    let [disk, store, image, again] = ["disk", "cow", "image", "again"]
+        .map(|name| LoopDevice::on(&file(name), 512))
+        .map(|device| (device.path.clone(), device));
+    let (disk, store, image, again) = (&disk.0, &store.0, &image.0, &again.0);
+    let cow = |args: &[&dyn AsRef<std::ffi::OsStr>]| cow(folder, args);
+
+    let _ = cow(&[&"create", store, &"--chunk", &"4K"]).ok();
+    let mut serve = Serve::on_socket_in(folder);
+    let options = ",adopt";
+    serve.disk("vm", disk).snapshot("vm@a", store, options);
+    let server = serve.start();
+    let mut origin = Session::open(&server.address(), "vm").expect("a connection");
+    let mut model = before.clone();
+    for _ in 0..60 {
+        let len = random.between(1, 20_000);
+        let at = random.below(4 * MIB - len);
+        let data = random.bytes(len as usize);
+        assert_eq!(origin.write(at, &data).expect("a reply"), Ok(Vec::new()));
+        model[at as usize..(at + len) as usize].copy_from_slice(&data);
+    }
+    drop(origin);
+    let in_use = cow(&[&"check", store]).failed();
+    assert!(in_use.stderr.contains("is in use"), "{in_use}");
+    server.stop();
+
+    let report = cow(&[&"inspect", store, &"--json"]).ok().json();
+    assert_eq!(report["bytes"], 8 * MIB);
+    assert_eq!(report["chunk_bytes"], 4096);
+    let count = report["exceptions"].as_u64().expect("a number");
+    assert!(count > 60, "{count}");
+    let _ = cow(&[&"check", store, &"--origin", disk]).ok();
+    let contents = |path: &Path| std::fs::read(path).expect("readable");
+    let extract = |from: &Path, to: &Path, more: &str| {
+        let mut args: Vec<&dyn AsRef<std::ffi::OsStr>> =
+            vec![&"extract", &from, &"--origin", disk, &"-o", &to];
+        if !more.is_empty() {
+            args.push(&more);
+        }
+        cow(&args)
+    };
+    let _ = extract(store, Path::new("plain"), "").ok();
+    assert!(contents(&file("plain")) == before, "extracted into a file");
+    let _ = extract(store, image, "").ok();
+    let is_before = |path: &Path| contents(path)[..before.len()] == before;
+    assert!(is_before(image), "extracted onto a device");
+    // It holds something now: only a word overwrites it.
+    let refused = extract(store, image, "").failed();
+    assert!(refused.stderr.contains("--force"), "{refused}");
+    let _ = extract(store, image, "--force").ok();
+    assert!(is_before(image), "extracted onto a device once more");
+
+    let dumped = cow(&[&"dump", store]).ok();
+    std::fs::write(file("dump"), &dumped.stdout).expect("writable");
+    let _ = cow(&[&"restore", &"dump", &"--output", again, &"--data", store]).ok();
+    assert_eq!(cow(&[&"dump", again]).ok().stdout, dumped.stdout);
+    let _ = extract(again, Path::new("second"), "").ok();
+    assert!(
+        contents(&file("second")) == before,
+        "out of the restored store"
+    );
+
+    assert!(contents(disk) == model, "the disk was only read");
+    let merged = cow(&[&"merge", store, &"--origin", disk]).ok();
+    assert!(contents(disk) == before, "{merged}");
+    let report = cow(&[&"inspect", store, &"--json"]).ok().json();
+    assert_eq!(report["exceptions"], 0);
 }

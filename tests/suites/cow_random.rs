@@ -157,6 +157,7 @@ fn drive(folder: &Path, origin: Option<&Path>) {
         output: Some(&new),
         force: false,
         chunk_size: None,
+        beyond_holes: origin.is_none(),
     };
     if repair::run(wanted, &mut |_| {}).is_ok() {
         let report = cow::check::run(&new, origin, Reading::Alone, None).expect("readable");

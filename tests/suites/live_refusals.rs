@@ -190,7 +190,7 @@ fn words_that_make_no_sense_end_with_status_2() {
         &["snapshot", "create", "disk"],
         &["snapshot", "create", "disk@"],
         &["snapshot", "create", "disk@a/b"],
-        &["snapshot", "create", "disk@a@b"],
+        &["snapshot", "create", "disk@a@b@"],
         &["snapshot", "create", "disk@a\nb"],
         &["snapshot", "create", "disk@a", "--size", "20%disk"],
         &["snapshot", "create", "disk@a", "--size", "0%ORIGIN"],
@@ -231,7 +231,12 @@ fn names_that_cannot_be_are_refused_by_the_server_itself() {
         let add = format!(
             r#"{{"version":1,"order":{{"volume-add":{{"name":"{name}","disk":"/tmp/x"}}}}}}"#
         );
-        for line in [order, rename, add] {
+        // Where it is two names, the second is one of a snapshot that is not there.
+        let lines = match name {
+            "a@b" => vec![rename, add],
+            _ => vec![order, rename, add],
+        };
+        for line in lines {
             let mut stranger = scene.stranger();
             stranger.write_all(format!("{line}\n").as_bytes()).unwrap();
             let mut answer = String::new();

@@ -192,6 +192,39 @@ fn the_tables_and_the_json_are_what_they_were() {
 }
 
 #[test]
+fn the_words_about_snapshots_of_snapshots_are_what_they_were() {
+    let folder = folder();
+    let server = serve(folder.path());
+    let text = String::new();
+    let mut told = Transcript {
+        server: &server,
+        text,
+    };
+    told.orders(&[
+        "snapshot create vm@one vm@two",
+        "snapshot create vm@one@try vm@two@try data@one",
+        "snapshot create vm@one@try@again --json",
+        "snapshot create vm@none@try",
+        "snapshot create vm@two@try@",
+        "snapshot create vm@two@mem --transient",
+        "snapshot create vm@two@mem@try",
+        "snapshot list",
+        "volume list --json",
+        "snapshot remove vm@one",
+        "snapshot merge vm@one --force",
+        "snapshot reset vm@one@try",
+        "snapshot rename vm@one first",
+        "snapshot list vm",
+        "snapshot merge vm@first@try@again",
+        "snapshot remove vm@first vm@first@try --delete-cow",
+        "snapshot list",
+        "events",
+    ]);
+    expect(&told.text, "trees", Some(folder.path()));
+    server.stop();
+}
+
+#[test]
 fn the_refusals_are_what_they_were() {
     let folder = folder();
     let server = serve(folder.path());

@@ -9,7 +9,7 @@ use super::orders::{Errno, Refused};
 use super::snap::Body;
 use super::{DeviceId, Level, LevelKey, Lower, Mapper, MapperEvent, OrderId, Phase, SnapKey};
 use crate::request::SnapshotId;
-use crate::volume::{Event, MergeError, Volume, VolumeConfig};
+use crate::volume::{Event, Volume, VolumeConfig};
 
 /// An order that has not come to its end.
 #[derive(Debug)]
@@ -55,14 +55,21 @@ impl Mapper {
                 while let Some(reply) = self.levels[key].volume.poll_reply() {
                     self.on_reply(reply);
                 }
-                while let Some(event) = self.levels[key].volume.poll_event() {
+                // The last event ends the level.
+                while let Some(event) = self.levels.get_mut(key).and_then(|l| l.volume.poll_event())
+                {
                     self.on_event(key, &event);
                 }
             }
+            // Most requests leave orders and snapshots as they are.
+            if self.is_settled {
+                return;
+            }
             let joined = self.join_snaps();
             let went_on = self.advance_orders();
-            self.end_levels();
+            let all_needed = self.end_levels();
             if !joined && !went_on && self.touched.is_empty() {
+                self.is_settled = self.pending.is_empty() && all_needed;
                 return;
             }
         }
@@ -75,6 +82,7 @@ impl Mapper {
     }
 
     fn on_event(&mut self, key: LevelKey, event: &Event) {
+        self.is_settled = false;
         match *event {
             Event::Created(id) => self.on_joined(key, id),
             Event::CreateFailed(id) => {
@@ -150,6 +158,9 @@ impl Mapper {
             return;
         };
         self.snaps[snap].body = Body::There { level: key, id };
+        // The kernel looks at the length of the device, not at that of the line.
+        let bytes = self.snaps[snap].bytes;
+        self.levels[key].volume.set_snapshot_bytes(id, bytes);
         if self.snaps[snap].merges {
             self.begin_merge(snap);
         }
@@ -161,11 +172,9 @@ impl Mapper {
         };
         let volume = &mut self.levels[level].volume;
         volume.resume_merge();
-        match volume.begin_merge(id) {
-            Ok(()) => self.snaps[snap].body = Body::Beginning { level, id },
-            // What is lost has nothing to be merged: everything is the origin's.
-            Err(MergeError::NotReadable) => {}
-            Err(_) => {}
+        // What is lost has nothing to be merged: everything is the origin's.
+        if volume.begin_merge(id).is_ok() {
+            self.snaps[snap].body = Body::Beginning { level, id };
         }
         self.touch(level);
     }
@@ -204,16 +213,13 @@ impl Mapper {
                 continue;
             }
             let before = self.pending[at].progress;
-            match self.advance(at) {
-                Some(result) => {
-                    let pending = self.pending.remove(at);
-                    self.events.push_back(MapperEvent::Done(pending.id, result));
-                    went_on = true;
-                }
-                None => {
-                    went_on |= self.pending[at].progress != before;
-                    at += 1;
-                }
+            if let Some(result) = self.advance(at) {
+                let pending = self.pending.remove(at);
+                self.events.push_back(MapperEvent::Done(pending.id, result));
+                went_on = true;
+            } else {
+                went_on |= self.pending[at].progress != before;
+                at += 1;
             }
         }
         went_on
@@ -267,7 +273,7 @@ impl Mapper {
             .chain(device.inactive.take())
             .collect();
         for table in tables {
-            self.drop_table(table);
+            self.drop_table(&table);
         }
     }
 
@@ -366,7 +372,7 @@ impl Mapper {
         let new = device.inactive.take().expect("it was looked at");
         let lines: Vec<_> = new.lines.iter().map(|mapped| mapped.line.clone()).collect();
         if let Err(refused) = self.check_areas(&lines) {
-            self.drop_table(new);
+            self.drop_table(&new);
             return Err(refused);
         }
         let device = self.devices.get_mut(&id).expect("it was looked at");
@@ -523,14 +529,16 @@ impl Mapper {
         let old = device.replaced.take();
         self.release(id);
         if let Some(old) = old {
-            self.drop_table(old);
+            self.drop_table(&old);
         }
         self.pending[at].progress = Progress::Leaving;
         None
     }
 
-    /// Volumes without snapshots go.
-    fn end_levels(&mut self) {
+    /// Volumes without snapshots go, once nothing is in flight in them. True: there is
+    /// none left.
+    fn end_levels(&mut self) -> bool {
+        let mut all_needed = true;
         let keys: Vec<_> = self.levels.iter().map(|(key, _)| key).collect();
         for key in keys {
             let level = &self.levels[key];
@@ -539,11 +547,17 @@ impl Mapper {
                 && !level.is_touched
                 && !level.is_runnable
                 && level.volume.is_idle();
-            if !is_needed && rests && self.phase == Phase::Open {
+            if is_needed || self.phase != Phase::Open {
+                continue;
+            }
+            if rests {
                 self.levels.remove(key);
                 self.cover_anew();
+            } else {
+                all_needed = false;
             }
         }
+        all_needed
     }
 
     /// Answer new requests with [`crate::Failure::ShuttingDown`], let the others end,
@@ -570,19 +584,13 @@ impl Mapper {
             .iter()
             .find(|key| !asked.contains(key))
             .or(open.first());
-        match free {
-            Some(&key) => {
-                self.levels[key].is_closing = true;
-                self.levels[key].volume.close();
-                self.touch(key);
-            }
-            None => {
-                let Phase::Closing { ok } = self.phase else {
-                    return;
-                };
-                self.phase = Phase::Closed;
-                self.events.push_back(MapperEvent::Closed(ok));
-            }
+        if let Some(&key) = free {
+            self.levels[key].is_closing = true;
+            self.levels[key].volume.close();
+            self.touch(key);
+        } else if let Phase::Closing { ok } = self.phase {
+            self.phase = Phase::Closed;
+            self.events.push_back(MapperEvent::Closed(ok));
         }
     }
 

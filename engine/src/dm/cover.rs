@@ -192,9 +192,9 @@ impl Mapper {
             let mut below = Vec::new();
             self.flatten(lower, begin + from, begin + to, 0, &mut below);
             let at = at + (first - start) + index as u64 * dealt.chunk;
-            below
-                .into_iter()
-                .for_each(|run| dealt.deal_out(run, at, row, runs));
+            for run in below {
+                dealt.deal_out(run, at, row, runs);
+            }
         }
         self.flatten_chunks(dealt, last, end, at + (last - start), runs);
     }

@@ -173,6 +173,8 @@ pub struct Mapper {
     touched: VecDeque<LevelKey>,
     runnable: VecDeque<LevelKey>,
     pending: Vec<Pending>,
+    /// No order waits, and every volume has snapshots.
+    is_settled: bool,
     next_order: u64,
     replies: VecDeque<Reply>,
     events: VecDeque<MapperEvent>,
@@ -209,6 +211,7 @@ impl Mapper {
             touched: VecDeque::new(),
             runnable: VecDeque::new(),
             pending: Vec::new(),
+            is_settled: true,
             next_order: 0,
             replies: VecDeque::new(),
             events: VecDeque::new(),

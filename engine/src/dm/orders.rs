@@ -196,6 +196,9 @@ impl Mapper {
         }
         let block = self.block_of(pair.origin).max(self.block_of(pair.cow));
         let chunk = match pair.chunk {
+            0 if pair.persistence == Persistence::Transient => {
+                return Err(Refused::new(Errno::Invalid, "Chunk size not set"));
+            }
             0 => DEFAULT_CHUNK,
             chunk => chunk,
         };
@@ -272,9 +275,10 @@ impl Mapper {
                 }
             }
         }
+        let bytes = values.last().map_or(0, Line::end);
         let mut mapped = Vec::new();
         for new in lines {
-            let snap = self.new_snap(&new.line.target, new.store);
+            let snap = self.new_snap(&new.line.target, bytes, new.store);
             let line = new.line;
             mapped.push(Mapped { line, snap });
         }
@@ -283,12 +287,12 @@ impl Mapper {
         let lines = mapped;
         let old = device.inactive.replace(Table { lines, read_only });
         if let Some(old) = old {
-            self.drop_table(old);
+            self.drop_table(&old);
         }
         Ok(())
     }
 
-    fn new_snap(&mut self, target: &Target, store: Option<Store>) -> Option<usize> {
+    fn new_snap(&mut self, target: &Target, bytes: u64, store: Option<Store>) -> Option<usize> {
         let (pair, merges) = match target {
             Target::Snapshot(pair) => (pair, false),
             Target::SnapshotMerge(pair) => (pair, true),
@@ -313,6 +317,7 @@ impl Mapper {
             chunk,
             discard_zeroes_cow: pair.discard_zeroes_cow,
             discard_passdown_origin: pair.discard_passdown_origin,
+            bytes,
             active: false,
             overflowed: false,
             body,
@@ -322,7 +327,7 @@ impl Mapper {
     /// The inactive table goes.
     pub fn clear(&mut self, id: DeviceId) -> Result<(), Refused> {
         if let Some(old) = self.device_mut(id)?.inactive.take() {
-            self.drop_table(old);
+            self.drop_table(&old);
         }
         Ok(())
     }
@@ -436,12 +441,14 @@ impl Mapper {
             kind,
             progress: Progress::Waiting,
         });
+        self.is_settled = false;
         self.settle();
         id
     }
 
     /// A table is in use no more: its snapshots leave their volumes.
-    pub(super) fn drop_table(&mut self, table: Table) {
+    pub(super) fn drop_table(&mut self, table: &Table) {
+        self.is_settled = false;
         for lower in table.lowers() {
             if let Lower::Disk(disk) = lower
                 && !self.is_named(lower)

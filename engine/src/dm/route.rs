@@ -5,6 +5,7 @@ use bytes::Bytes;
 
 use super::cover::Part;
 use super::device::{Course, Mapped, Step, Way};
+use super::snap::Snap;
 use super::{Base, DeviceId, Level, LevelKey, Lower, MappedOp, Mapper, Phase, Target};
 use crate::disk::{Action, Device as Which, DiskError, DiskOp, OpId, Outcome};
 use crate::request::{Command, Failure, Reply, Request, RequestId, View};
@@ -210,7 +211,7 @@ impl Mapper {
     fn ask_bottom(&mut self, base: Base, command: Command, asked: Asked) {
         match base {
             Base::Disk(disk) => self.ask_disk(disk, command, asked),
-            Base::Snap(key) => match self.snaps.get(key).map(|snap| snap.place()) {
+            Base::Snap(key) => match self.snaps.get(key).map(Snap::place) {
                 Some(Some((level, id))) => {
                     self.ask_snap(key, level, View::Snapshot(id), command, asked);
                 }

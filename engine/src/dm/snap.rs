@@ -46,6 +46,8 @@ pub(super) struct Snap {
     pub(super) chunk: u64,
     pub(super) discard_zeroes_cow: bool,
     pub(super) discard_passdown_origin: bool,
+    /// Bytes of its device.
+    pub(super) bytes: u64,
     /// It has been resumed.
     pub(super) active: bool,
     /// Its store has been full, which goes with the exceptions too.
@@ -117,6 +119,10 @@ impl Mapper {
         std::mem::swap(&mut to.persistence, &mut from.persistence);
         std::mem::swap(&mut to.chunk, &mut from.chunk);
         std::mem::swap(&mut to.overflowed, &mut from.overflowed);
+        if let Some((level, id)) = to.place() {
+            let volume = &mut self.levels[level].volume;
+            volume.set_snapshot_bytes(id, to.bytes);
+        }
     }
 
     /// In dm-snapshot's words.

@@ -1,298 +1,12 @@
-//! Mapped devices over disks in memory. Operations under way end in an order that a
-//! seed decides.
+//! Mapped devices over disks in memory: `rig.rs`.
 
 mod crash;
-
-use std::collections::BTreeMap;
-
-use bytes::Bytes;
-use nbdsnap_format::ChunkSize;
+mod rig;
+mod stores;
 
 use super::*;
-use crate::disk::{DiskError, Outcome};
-use crate::request::{Command, Failure, RequestId};
-use crate::store::{Access, Store, StoreIo, StoreKind, StoreSize, StoreSpec};
-
-const SECTOR: u64 = 512;
-
-/// A small generator: what it gives depends on its seed alone.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-}
-
-/// A mapper and its disks.
-struct Rig {
-    mapper: Mapper,
-    disks: BTreeMap<DiskId, Vec<u8>>,
-    ops: Vec<MappedOp>,
-    replies: BTreeMap<RequestId, Result<Vec<u8>, Failure>>,
-    done: BTreeMap<OrderId, Result<(), Refused>>,
-    events: Vec<MapperEvent>,
-    next: u64,
-    dice: Dice,
-}
-
-/// A COW device as a store sees it.
-struct Cow<'a> {
-    rig: &'a mut Rig,
-    cow: Lower,
-}
-
-impl StoreIo for Cow<'_> {
-    fn act(&mut self, action: Action) -> Outcome {
-        let fua = false;
-        let command = match action {
-            Action::Read { offset, len } => Command::Read { offset, len },
-            Action::Write { offset, data } => {
-                let data = Bytes::from(data.concat());
-                Command::Write { offset, data, fua }
-            }
-            Action::WriteZeroes { offset, len, .. } => Command::WriteZeroes {
-                offset,
-                len,
-                fua,
-                no_hole: true,
-                fast_only: false,
-            },
-            Action::Flush => Command::Flush,
-            other => unreachable!("{other:?} of a store"),
-        };
-        let id = self.rig.hand_in(self.cow, command);
-        self.rig.run();
-        let result = self.rig.replies.remove(&id).expect("it is answered");
-        result.map(Bytes::from).map_err(|_| DiskError::Io(5))
-    }
-
-    fn keep_copy(&mut self, _: u64, _: &[u8]) -> Result<(), DiskError> {
-        unreachable!("nothing tears here")
-    }
-}
-
-fn linear(lower: Lower, start: u64) -> Target {
-    Target::Linear { lower, start }
-}
-
-fn pair(origin: Lower, cow: Lower, chunk: u64) -> Pair {
-    Pair {
-        origin,
-        cow,
-        persistence: Persistence::Persistent,
-        chunk,
-        discard_zeroes_cow: false,
-        discard_passdown_origin: false,
-    }
-}
-
-fn line(start: u64, len: u64, target: Target) -> Line {
-    Line { start, len, target }
-}
-
-impl Rig {
-    fn new(seed: u64) -> Self {
-        Self {
-            mapper: Mapper::new(VolumeConfig {
-                origin_bytes: SECTOR,
-                copy_memory: 1 << 20,
-                copy_piece: 4096,
-            }),
-            disks: BTreeMap::new(),
-            ops: Vec::new(),
-            replies: BTreeMap::new(),
-            done: BTreeMap::new(),
-            events: Vec::new(),
-            next: 0,
-            dice: Dice(seed * 2 + 1),
-        }
-    }
-
-    /// A disk of so many sectors, each of which says where it is.
-    fn disk(&mut self, sectors: u64) -> Lower {
-        let id = self.mapper.add_disk(sectors * SECTOR, 1);
-        let bytes = (0..sectors).flat_map(|n| [(id.0 as u64 * 50 + n) as u8; SECTOR as usize]);
-        self.disks.insert(id, bytes.collect());
-        Lower::Disk(id)
-    }
-
-    fn empty_disk(&mut self, sectors: u64) -> Lower {
-        let disk = self.disk(sectors);
-        self.bytes(disk).fill(0);
-        disk
-    }
-
-    fn bytes(&mut self, disk: Lower) -> &mut Vec<u8> {
-        let Lower::Disk(id) = disk else {
-            unreachable!("it is a disk");
-        };
-        self.disks.get_mut(&id).expect("it is there")
-    }
-
-    fn hand_in(&mut self, lower: Lower, command: Command) -> RequestId {
-        let id = RequestId(self.next);
-        self.next += 1;
-        self.mapper.handle_request(id, lower, command);
-        id
-    }
-
-    fn collect(&mut self) {
-        while let Some(op) = self.mapper.poll_disk_op() {
-            self.ops.push(op);
-        }
-        while let Some(reply) = self.mapper.poll_reply() {
-            let result = reply.result.map(|pieces| pieces.concat());
-            assert!(self.replies.insert(reply.id, result).is_none());
-        }
-        while let Some(event) = self.mapper.poll_event() {
-            if let MapperEvent::Done(order, result) = event {
-                self.done.insert(order, result);
-            } else {
-                self.events.push(event);
-            }
-        }
-    }
-
-    /// One operation that is under way ends. False: there is none.
-    fn step(&mut self) -> bool {
-        self.collect();
-        if self.ops.is_empty() {
-            return false;
-        }
-        let index = self.dice.below(self.ops.len() as u64) as usize;
-        let MappedOp { id, disk, action } = self.ops.swap_remove(index);
-        let bytes = self.disks.get_mut(&disk).expect("it is there");
-        let mut read = Bytes::new();
-        match action {
-            Action::Read { offset, len } => {
-                let range = offset as usize..(offset + len) as usize;
-                read = Bytes::copy_from_slice(&bytes[range]);
-            }
-            Action::Write { offset, data } => {
-                let data = data.concat();
-                bytes[offset as usize..][..data.len()].copy_from_slice(&data);
-            }
-            Action::WriteZeroes { offset, len, .. } => {
-                bytes[offset as usize..][..len as usize].fill(0);
-            }
-            Action::Trim { .. } | Action::Flush => {}
-            Action::Grow { .. } => unreachable!("nothing grows"),
-        }
-        self.mapper.handle_completion(id, Ok(read));
-        true
-    }
-
-    fn run(&mut self) {
-        while self.step() {}
-    }
-
-    fn ask(&mut self, lower: Lower, command: Command) -> Result<Vec<u8>, Failure> {
-        let id = self.hand_in(lower, command);
-        self.run();
-        self.replies.remove(&id).expect("it is answered")
-    }
-
-    fn read(&mut self, lower: Lower) -> Vec<u8> {
-        let len = self.mapper.bytes_of(lower);
-        self.ask(lower, Command::Read { offset: 0, len }).unwrap()
-    }
-
-    fn write(&mut self, lower: Lower, sector: u64, len: u64, byte: u8) {
-        self.ask(lower, write(sector, len, byte)).unwrap();
-    }
-
-    fn create(&mut self, name: &str) -> DeviceId {
-        self.mapper.create(name, "", None).unwrap()
-    }
-
-    /// Load a table, with stores made or opened as dmsetup would.
-    fn load(&mut self, id: DeviceId, lines: Vec<Line>) -> Result<(), Refused> {
-        let needs = self.mapper.examine(id, &lines)?;
-        let mut new = Vec::new();
-        for (line, need) in lines.into_iter().zip(needs) {
-            let store = match need {
-                Some(Need::Store {
-                    cow,
-                    cow_bytes,
-                    origin_bytes,
-                    ..
-                }) => Some(self.store(&line.target, cow, cow_bytes, origin_bytes)),
-                Some(Need::Heir) | None => None,
-            };
-            new.push(NewLine { line, store });
-        }
-        self.mapper.load(id, false, new)
-    }
-
-    fn store(&mut self, target: &Target, cow: Lower, cow_bytes: u64, origin_bytes: u64) -> Store {
-        let (Target::Snapshot(pair) | Target::SnapshotMerge(pair)) = target else {
-            unreachable!("it has a store");
-        };
-        let size = StoreSize {
-            ready: cow_bytes,
-            limit: cow_bytes,
-            step: 0,
-        };
-        let kind = StoreKind::Persistent;
-        let chunk_size = ChunkSize::from_sectors(pair.chunk).unwrap();
-        let mut io = Cow { rig: self, cow };
-        let opened = Store::open(kind, size, origin_bytes, Access::ReadWrite, &mut io);
-        let spec = StoreSpec {
-            kind,
-            chunk_size,
-            size,
-        };
-        opened.unwrap_or_else(|_| Store::create(spec, &mut io).unwrap())
-    }
-
-    fn end(&mut self, order: OrderId) -> Result<(), Refused> {
-        self.run();
-        self.done.remove(&order).expect("the order has ended")
-    }
-
-    fn resume(&mut self, id: DeviceId) -> Result<(), Refused> {
-        let order = self.mapper.resume(id, false)?;
-        self.end(order)
-    }
-
-    fn suspend(&mut self, id: DeviceId) {
-        let order = self.mapper.suspend(id, false).unwrap();
-        self.end(order).unwrap();
-    }
-
-    fn remove(&mut self, id: DeviceId) -> Result<(), Refused> {
-        let order = self.mapper.remove(id, false)?.expect("it is not deferred");
-        self.end(order)
-    }
-
-    fn device(&mut self, name: &str, lines: Vec<Line>) -> (DeviceId, Lower) {
-        let id = self.create(name);
-        self.load(id, lines).unwrap();
-        self.resume(id).unwrap();
-        (id, Lower::Device(id))
-    }
-
-    fn status(&self, id: DeviceId) -> String {
-        let lines = self.mapper.table(id, false).unwrap();
-        lines[0].status.map_or_else(String::new, |s| s.to_string())
-    }
-}
-
-fn write(sector: u64, len: u64, byte: u8) -> Command {
-    Command::Write {
-        offset: sector * SECTOR,
-        data: vec![byte; (len * SECTOR) as usize].into(),
-        fua: false,
-    }
-}
-
-fn sectors(bytes: &[u8]) -> Vec<u8> {
-    bytes.chunks(SECTOR as usize).map(|s| s[0]).collect()
-}
+use crate::request::{Command, Failure};
+use rig::*;
 
 #[test]
 fn lines_are_where_their_tables_say() {
@@ -388,7 +102,7 @@ fn around_and_beneath(seed: u64) {
         _ => {
             let chunk = [2, 4, 8][rig.dice.below(3) as usize];
             let stripes = [(disks[0], 16), (disks[1], 0), (disks[2], 40)];
-            let count = (shape + 0) as usize;
+            let count = shape as usize;
             vec![line(
                 0,
                 24 * count as u64,
@@ -540,137 +254,6 @@ fn a_suspended_device_holds_what_comes_through_it_and_nothing_else() {
 }
 
 #[test]
-fn a_store_changes_hands_as_the_kernel_has_it() {
-    let mut rig = Rig::new(4);
-    let (disk, cow) = (rig.disk(32), rig.empty_disk(200));
-    let snapshot = || vec![line(0, 32, Target::Snapshot(pair(disk, cow, 2)))];
-    let (first, view) = rig.device("first", snapshot());
-    rig.write(disk, 4, 2, 90);
-    assert_eq!(rig.status(first), "6/200 4");
-    let second = rig.create("second");
-    rig.load(second, snapshot()).unwrap();
-    // A third one is too many.
-    let third = rig.create("third");
-    let refused = rig.load(third, snapshot()).unwrap_err();
-    assert_eq!(
-        refused.why,
-        "Snapshot cow pairing for exception table handover failed"
-    );
-    let refused = rig.resume(second).unwrap_err();
-    assert_eq!(
-        refused.why,
-        "Unable to perform snapshot handover until source is suspended."
-    );
-    rig.suspend(first);
-    // It was refused with its table in place, and stands still.
-    rig.resume(second).unwrap();
-    assert_eq!(rig.status(second), "6/200 4");
-    assert_eq!(rig.status(first), "Invalid");
-    rig.resume(first).unwrap();
-    let read = Command::Read {
-        offset: 0,
-        len: 512,
-    };
-    assert_eq!(rig.ask(view, read), Err(Failure::Io));
-    let content = rig.read(Lower::Device(second));
-    assert_eq!(sectors(&content)[4..6], [4, 5]);
-    rig.remove(first).unwrap();
-    rig.write(disk, 10, 1, 91);
-    assert_eq!(sectors(&rig.read(Lower::Device(second)))[10], 10);
-    // One whose source goes before it could take over is lost.
-    rig.load(third, snapshot()).unwrap();
-    rig.remove(second).unwrap();
-    rig.resume(third).unwrap();
-    assert_eq!(rig.status(third), "Invalid");
-    rig.remove(third).unwrap();
-    // The store itself is what it was.
-    let (again, _) = rig.device("again", snapshot());
-    assert_eq!(rig.status(again), "8/200 4");
-}
-
-#[test]
-fn a_merge_is_begun_stopped_resumed_and_done() {
-    let mut rig = Rig::new(5);
-    let (disk, cow, other) = (rig.disk(64), rig.empty_disk(400), rig.empty_disk(400));
-    let (_, real) = rig.device("real", vec![line(0, 64, linear(disk, 0))]);
-    let origin = || Target::SnapshotOrigin { origin: real };
-    let (base, top) = rig.device("base", vec![line(0, 64, origin())]);
-    let (snap, view) = rig.device(
-        "snap",
-        vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))],
-    );
-    let second = Target::Snapshot(pair(real, other, 4));
-    let (sibling, beside) = rig.device("sibling", vec![line(0, 64, second)]);
-    let before = rig.read(top);
-    for sector in (0..64).step_by(3) {
-        rig.write(top, sector, 1, 150);
-    }
-    rig.write(view, 8, 4, 160);
-    let wanted = rig.read(view);
-    // dmsetup's way: the snapshot stands still, the mounted device gets the merge.
-    rig.suspend(base);
-    rig.suspend(snap);
-    let merge = vec![line(0, 64, Target::SnapshotMerge(pair(real, cow, 2)))];
-    rig.load(base, merge.clone()).unwrap();
-    let order = rig.mapper.resume(base, false).unwrap();
-    for _ in 0..10 {
-        rig.step();
-    }
-    // Everybody sees the instant from the first moment on, by whatever way.
-    let id = rig.hand_in(
-        top,
-        Command::Read {
-            offset: 0,
-            len: 64 * SECTOR,
-        },
-    );
-    let around = rig.hand_in(
-        disk,
-        Command::Read {
-            offset: 0,
-            len: 64 * SECTOR,
-        },
-    );
-    rig.end(order).unwrap();
-    assert_eq!(rig.replies.remove(&id), Some(Ok(wanted.clone())));
-    assert_eq!(rig.replies.remove(&around), Some(Ok(wanted.clone())));
-    assert!(rig.events.contains(&MapperEvent::Merged(base)));
-    assert_eq!(rig.status(base), "4/400 4");
-    assert_eq!(rig.bytes(disk).clone(), wanted);
-    assert_eq!(rig.read(beside), before);
-    rig.remove(snap).unwrap();
-    rig.load(base, vec![line(0, 64, origin())]).unwrap();
-    rig.resume(base).unwrap();
-    rig.write(top, 0, 8, 33);
-    assert_eq!(rig.read(beside), before);
-    // One that is given up in the middle leaves both as they are, and can be taken up.
-    let (snap, view) = rig.device(
-        "snap",
-        vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))],
-    );
-    let wanted = rig.read(view);
-    rig.write(top, 0, 64, 44);
-    rig.suspend(snap);
-    rig.load(base, merge.clone()).unwrap();
-    let order = rig.mapper.resume(base, false).unwrap();
-    while !rig.events.contains(&MapperEvent::MergeBegun(base)) || !rig.done.contains_key(&order) {
-        assert!(rig.step());
-    }
-    rig.suspend(base);
-    rig.load(base, vec![line(0, 64, origin())]).unwrap();
-    rig.resume(base).unwrap();
-    rig.remove(snap).unwrap();
-    assert_eq!(rig.read(beside), before);
-    rig.load(base, merge).unwrap();
-    rig.resume(base).unwrap();
-    rig.run();
-    assert_eq!(rig.read(top), wanted);
-    assert_eq!(rig.bytes(disk).clone(), wanted);
-    assert_eq!(rig.read(beside), before);
-    rig.remove(sibling).unwrap();
-}
-
-#[test]
 fn snapshots_of_snapshots_by_tables() {
     let mut rig = Rig::new(6);
     let disk = rig.disk(32);
@@ -757,58 +340,46 @@ fn what_cannot_be_is_refused_and_leaves_the_active_table_alone() {
 }
 
 #[test]
-fn full_stores_mean_what_they_mean_to_the_kernel() {
-    for (persistence, status) in [
-        (Persistence::Persistent, "Invalid"),
-        (Persistence::PersistentOverflow, "Overflow"),
-    ] {
-        let mut rig = Rig::new(8);
-        let (disk, cow) = (rig.disk(32), rig.empty_disk(8));
-        let kind = Pair {
-            persistence,
-            ..pair(disk, cow, 1)
-        };
-        let target = Target::Snapshot(kind);
-        let id = rig.create("snapshot");
-        let lines = vec![line(0, 32, target)];
-        let needs = rig.mapper.examine(id, &lines).unwrap();
-        let Some(Need::Store { cow_bytes, .. }) = needs[0] else {
-            unreachable!("it needs one");
-        };
-        let size = StoreSize {
-            ready: cow_bytes,
-            limit: cow_bytes,
-            step: 0,
-        };
-        let spec = StoreSpec {
-            kind: match persistence {
-                Persistence::PersistentOverflow => StoreKind::PersistentOverflow,
-                _ => StoreKind::Persistent,
-            },
-            chunk_size: ChunkSize::from_sectors(1).unwrap(),
-            size,
-        };
-        let store = Store::create(spec, &mut Cow { rig: &mut rig, cow }).unwrap();
-        let line = lines.into_iter().next().unwrap();
-        let new = vec![NewLine {
-            line,
-            store: Some(store),
-        }];
-        rig.mapper.load(id, false, new).unwrap();
-        rig.resume(id).unwrap();
-        let waiting = rig.mapper.wait(id, 0).unwrap();
-        let events = u32::from(status == "Invalid");
-        let view = Lower::Device(id);
-        let written = (0..8).map(|sector| rig.ask(view, write(sector, 1, 9)));
-        let written: Vec<_> = written.collect();
-        assert_eq!(written[0], Ok(Vec::new()));
-        assert_eq!(written[7], Err(Failure::Io));
-        assert_eq!(rig.status(id), status);
-        assert_eq!(rig.done.contains_key(&waiting), events == 1);
-        assert_eq!(rig.mapper.info(id).unwrap().event_nr, events);
-        // The origin goes on in any case, and then there is nothing left to read.
-        rig.write(disk, 20, 4, 9);
-        assert_eq!(rig.status(id), "Invalid");
-        assert_eq!(rig.done.remove(&waiting), Some(Ok(())));
+fn an_end_with_everything_in_use_commits_all_of_it() {
+    let mut rig = Rig::new(9);
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(200), rig.empty_disk(200));
+    let (_, view) = rig.device(
+        "snap",
+        vec![line(0, 32, Target::Snapshot(pair(disk, cow, 2)))],
+    );
+    let upper = Target::Snapshot(pair(view, other, 2));
+    let (upper, _) = rig.device("upper", vec![line(0, 32, upper)]);
+    let (low, lower) = rig.device("low", vec![line(0, 32, linear(disk, 0))]);
+    rig.suspend(low);
+    let held = rig.hand_in(lower, write(2, 4, 77));
+    let other = rig.hand_in(view, write(8, 3, 78));
+    let waiting = rig.mapper.wait(upper, 0).unwrap();
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
+    // What waited went through, and nobody hears of an event that never came.
+    for id in [held, other] {
+        assert_eq!(rig.replies.remove(&id), Some(Ok(Vec::new())));
     }
+    assert_eq!(sectors(rig.bytes(disk))[2..6], [77; 4]);
+    assert!(!rig.done.contains_key(&waiting));
+    let late = rig.hand_in(disk, Command::Flush);
+    rig.run();
+    assert_eq!(rig.replies.remove(&late), Some(Err(Failure::ShuttingDown)));
+    assert!(rig.mapper.is_idle());
+}
+
+#[test]
+fn a_snapshot_that_is_shorter_than_its_origin_keeps_nothing_behind_its_end() {
+    let mut rig = Rig::new(10);
+    let (disk, cow) = (rig.disk(64), rig.empty_disk(400));
+    let half = vec![line(0, 30, Target::Snapshot(pair(disk, cow, 4)))];
+    let (id, view) = rig.device("half", half);
+    let frozen = rig.read(view);
+    rig.write(disk, 24, 20, 99);
+    // The chunks 6 and 7: the second one has two sectors of it.
+    assert_eq!(rig.status(id), "16/400 8");
+    rig.write(disk, 50, 10, 98);
+    assert_eq!(rig.status(id), "16/400 8");
+    assert_eq!(rig.read(view), frozen);
 }

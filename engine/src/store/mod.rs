@@ -18,7 +18,7 @@ use crate::table::ExceptionTable;
 
 pub(crate) use allocate::{Allocation, Allocator, Growth, NoRoom};
 pub(crate) use commit::{AreaWrite, Commit};
-pub(crate) use unwind::{Tail, Unwind};
+pub(crate) use unwind::{Changed, Tail, Unwind};
 
 /// Where exceptions live and what happens when a snapshot write finds no space;
 /// dm-snapshot's table letters in brackets.

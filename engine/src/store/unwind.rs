@@ -3,12 +3,14 @@
 //! bytes; `volume/merge` does the reading and writing, in the order that the Law
 //! asks for.
 //!
-//! The entries of a step are zeroed in one write of whole blocks. If a power cut
-//! tears it, each sector still holds either what it held (exceptions that are
-//! merged once more: their data is where it was, for writes to them wait until
-//! the zeros are durable) or zeros behind what is left of the list. A hole can
-//! open before entries of later sectors, from a multiple of 32 on; those are
-//! exceptions that have been merged durably, and the next open scrubs them.
+//! The entries of a step are zeroed in one write of whole blocks for each area. If a
+//! power cut tears these, or loses some of them, each sector still holds either what it
+//! held (exceptions that are merged once more: their data is where it was, for writes
+//! to them wait until the zeros are durable) or zeros behind what is left of the list.
+//! A hole can open before entries of later sectors, from a multiple of 32 on; those are
+//! exceptions that have been merged durably, and the next open scrubs them. The same
+//! may lie in areas behind the one in which the list ends then: there nobody looks, and
+//! whoever fills that one zeroes the next first.
 
 use bytes::Bytes;
 use nbdsnap_format::area::{EXCEPTION_BYTES, Exceptions};
@@ -17,8 +19,9 @@ use nbdsnap_format::{Exception, Layout, SECTOR_BYTES};
 use super::Status;
 use super::commit::block_entries;
 
-/// A step takes at most this many exceptions: their entries are a few blocks.
-const MOST_ENTRIES: u64 = 512;
+/// A step takes at most this many exceptions: what is kept of each, meanwhile, is a
+/// hundred bytes or two.
+const MOST_ENTRIES: u64 = 1 << 17;
 
 /// The end of the list, within one area: whole blocks of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,12 +80,26 @@ impl Unwind {
         self.left
     }
 
-    /// The last exceptions of the last area that has any: of up to `bytes` bytes
-    /// of data, but one at least.
-    pub(crate) fn tail(&self, bytes: u64) -> Option<Tail> {
+    /// The last exceptions of the list: of up to `bytes` bytes of data, but one at
+    /// least. They are the ends of areas, that of the last area first; of all areas
+    /// but the last of these nothing is left.
+    pub(crate) fn tails(&self, bytes: u64) -> Vec<Tail> {
+        let most = (bytes / self.layout.chunk_size().bytes()).clamp(1, MOST_ENTRIES);
+        let (mut rest, mut tails, mut taken) = (*self, Vec::new(), 0);
+        while taken < most
+            && let Some(tail) = rest.tail(most - taken)
+        {
+            taken += tail.taken;
+            rest.left -= tail.taken;
+            tails.push(tail);
+        }
+        tails
+    }
+
+    /// Up to `most` exceptions, the last of the last area that has any.
+    fn tail(&self, most: u64) -> Option<Tail> {
         let last = self.layout.slot(self.left.checked_sub(1)?);
         let in_area = last.index + 1;
-        let most = (bytes / self.layout.chunk_size().bytes()).clamp(1, MOST_ENTRIES);
         let first = in_area.saturating_sub(most);
         let block = block_entries(self.layout);
         let (from, to) = (first / block * block, in_area.next_multiple_of(block));
@@ -94,9 +111,9 @@ impl Unwind {
         })
     }
 
-    /// The exceptions of `tail` are gone, durably.
-    pub(crate) fn commit(&mut self, tail: &Tail) {
-        self.left -= tail.taken;
+    /// The exceptions of `tails` are gone, durably.
+    pub(crate) fn commit(&mut self, tails: &[Tail]) {
+        self.left -= tails.iter().map(|tail| tail.taken).sum::<u64>();
     }
 
     /// As the kernel counts a merging store: one that holds the exceptions that
@@ -144,7 +161,7 @@ mod tests {
         for count in 1..64 {
             for most in [1, 2, 7, 31, 32, 33, 64] {
                 let unwind = Unwind::new(layout, count);
-                let tail = unwind.tail(most * 1024).unwrap();
+                let tail = unwind.tails(most * 1024)[0];
                 let old = area(count);
                 let new = tail.zeroed(&old);
                 let stays = count - tail.exceptions(&old).unwrap().len() as u64;
@@ -180,23 +197,27 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_taken_off_area_by_area() {
+    fn a_list_is_taken_off_from_its_end() {
         // Areas of 32 entries.
         let layout = Layout::new(ChunkSize::from_sectors(1).unwrap());
         let mut unwind = Unwind::new(layout, 65);
         let mut steps = Vec::new();
-        while let Some(tail) = unwind.tail(20 * 512) {
-            steps.push((tail.offset / 512, tail.kept, tail.taken));
-            unwind.commit(&tail);
+        loop {
+            let tails = unwind.tails(20 * 512);
+            if tails.is_empty() {
+                break;
+            }
+            let shown = |tail: &Tail| (tail.offset / 512, tail.kept, tail.taken);
+            steps.push(tails.iter().map(shown).collect::<Vec<_>>());
+            unwind.commit(&tails);
         }
         assert_eq!(
             steps,
             [
-                (67, 0, 1),
-                (34, 12, 20),
-                (34, 0, 12),
-                (1, 12, 20),
-                (1, 0, 12)
+                vec![(67, 0, 1), (34, 13, 19)],
+                vec![(34, 0, 13), (1, 25, 7)],
+                vec![(1, 5, 20)],
+                vec![(1, 0, 5)],
             ]
         );
         let Status::Active {
@@ -213,7 +234,7 @@ mod tests {
     #[test]
     fn a_changed_end_is_noticed() {
         let layout = Layout::new(ChunkSize::from_sectors(2).unwrap());
-        let tail = Unwind::new(layout, 40).tail(1 << 20).unwrap();
+        let tail = Unwind::new(layout, 40).tails(1 << 20)[0];
         assert!(tail.exceptions(&area(40)).is_ok());
         assert_eq!(tail.exceptions(&area(39)), Err(Changed));
         assert_eq!(tail.exceptions(&area(41)), Err(Changed));

@@ -59,9 +59,10 @@
 //!
 //! # What to know
 //!
-//! - Copies have [`VolumeConfig::copy_memory`] for each level. They cannot share it: a
-//!   write to S may need a copy at P's level, for which it would wait for ever if the
-//!   level above held the memory.
+//! - [`VolumeConfig::copy_memory`] is divided among the levels that have snapshots, in
+//!   equal parts, but for a [`VolumeConfig::copy_piece`] that each has at least. They
+//!   cannot have it in common: a write to S may need a copy at P's level, for which it
+//!   would wait for ever if the level above held the memory.
 //! - A write to S that waits for room in S's store ([`crate::OnFull::Pause`]) is an
 //!   operation in flight for S's level. A snapshot of S, and [`Tree::suspend`], wait
 //!   until the store is extended or S is removed. A close does not.
@@ -81,7 +82,7 @@ mod route;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use slab::Slab;
 
@@ -317,6 +318,15 @@ impl Tree {
 
     fn reply(&mut self, id: RequestId, result: Result<Vec<bytes::Bytes>, Failure>) {
         self.replies.push_back(Reply { id, result });
+    }
+
+    /// Levels with snapshots have come or gone: each has its part of the memory.
+    fn share_copy_memory(&mut self) {
+        let origins: BTreeSet<LevelKey> = self.nodes.values().map(|node| node.origin).collect();
+        let share = self.config.copy_memory / origins.len().max(1) as u64;
+        for key in origins {
+            self.levels[key].volume.set_copy_memory(share);
+        }
     }
 
     /// The level whose origin the view is, if it is there.

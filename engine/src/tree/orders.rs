@@ -68,6 +68,7 @@ impl Tree {
         self.next_snapshot = id.0 + 1;
         let standing = Standing::Merging;
         self.nodes.insert(id, Node { origin, standing });
+        self.share_copy_memory();
         self.touch(origin);
         id
     }
@@ -274,6 +275,7 @@ impl Tree {
             self.nodes.insert(id, Node { origin, standing });
             self.next_snapshot = id.0 + 1;
         }
+        self.share_copy_memory();
     }
 
     fn may_be_taken(&mut self, of: View) -> Result<LevelKey, TakeError> {
@@ -300,5 +302,6 @@ impl Tree {
                 self.nodes.remove(&id);
             }
         }
+        self.share_copy_memory();
     }
 }

@@ -121,14 +121,24 @@ impl Tree {
         }
     }
 
+    /// It may have something to say; most of the time it has not.
     fn hear(&mut self, key: LevelKey) {
-        if !std::mem::replace(&mut self.levels[key].is_touched, true) {
+        let level = &mut self.levels[key];
+        if !level.is_touched && (level.is_orphan || level.volume.has_news()) {
+            level.is_touched = true;
             self.touched.push_back(key);
         }
     }
 
     /// Carry replies and events up until there are no more.
+    #[inline]
     pub(super) fn settle(&mut self) {
+        if !self.touched.is_empty() {
+            self.settle_touched();
+        }
+    }
+
+    fn settle_touched(&mut self) {
         while let Some(key) = self.touched.pop_front() {
             self.levels[key].is_touched = false;
             while let Some(reply) = self.levels[key].volume.poll_reply() {
@@ -167,6 +177,7 @@ impl Tree {
             Event::Created(id) => self.rise(id),
             Event::CreateFailed(id) | Event::Removed(id) | Event::Merged(id) => {
                 self.nodes.remove(&id);
+                self.share_copy_memory();
             }
             Event::InstantFailed(id) => self.forget_instant(id),
             Event::MergeBegun(id) => self.leave(id, Standing::Merging),

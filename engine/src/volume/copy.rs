@@ -71,6 +71,11 @@ impl CopyMemory {
         }
     }
 
+    /// From now on so much. What is under way keeps what it has.
+    pub(super) fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+    }
+
     /// Room for one more: there is always some for the first.
     fn has_room(&self, len: u64) -> bool {
         self.used == 0 || self.used + len <= self.limit

@@ -57,11 +57,26 @@ impl Volume {
         Ok(())
     }
 
+    /// A snapshot is so long from now on, at most as long as the origin: writes behind
+    /// its end are no concern of it. One that becomes longer shows there what the
+    /// origin holds, whatever was written since its instant.
+    pub(crate) fn set_snapshot_bytes(&mut self, id: SnapshotId, bytes: u64) {
+        let most = self.config.origin_bytes;
+        if let Some(index) = self.index_of(id) {
+            self.snapshots[index].origin_bytes = bytes.min(most);
+        }
+    }
+
     /// The next snapshot gets this number: where several volumes share one count of
     /// them (`tree`).
     pub(crate) fn number_next_snapshot(&mut self, number: u32) {
         assert!(number >= self.next_snapshot, "no number is given twice");
         self.next_snapshot = number;
+    }
+
+    /// There are replies or events to be taken.
+    pub(crate) fn has_news(&self) -> bool {
+        !self.replies.is_empty() || !self.events.is_empty()
     }
 
     /// Nothing stands on the origin, is to, or is asked of it here: a request for it

@@ -303,6 +303,12 @@ impl Volume {
         self.window = bytes;
     }
 
+    /// Have so much memory for old chunks from now on, where several volumes share it
+    /// (`tree`).
+    pub(crate) fn set_copy_memory(&mut self, bytes: u64) {
+        self.memory.set_limit(bytes.max(self.config.copy_piece));
+    }
+
     /// The origin is a snapshot of another volume: what its store refuses for lack
     /// of room is refused here too, and is no failed disk.
     pub(crate) fn stand_on_snapshot(&mut self) {

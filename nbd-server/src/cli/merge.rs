@@ -18,9 +18,9 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Characters of the bar.
 const BAR: u64 = 40;
 
-/// Roll a disk back to a snapshot.
+/// Roll a disk back to a snapshot; or a snapshot to one that was taken of it.
 ///
-/// From the first instant the disk reads as the snapshot; the chunks are copied
+/// What is said of the disk holds for what the snapshot was taken of. From the first instant the disk reads as the snapshot; the chunks are copied
 /// behind it, under the disk's clients. What was written to the disk since the
 /// snapshot was taken is gone, and the snapshot ends; other snapshots stay as they
 /// are. A merge goes on after a crash, and cannot be undone.

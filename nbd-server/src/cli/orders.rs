@@ -188,13 +188,14 @@ pub(super) fn parse_limit(text: &str) -> Result<StoreLimit, String> {
     }
 }
 
-/// `VOLUME@NAME` on the command line.
+/// `VOLUME@NAME[@NEXT]...` on the command line.
 pub(super) fn parse_snapshot(text: &str) -> Result<SnapshotName, String> {
     let (volume, snapshot) = text
         .split_once('@')
-        .ok_or("a snapshot is written VOLUME@NAME")?;
-    for name in [volume, snapshot] {
-        check(name)?;
+        .ok_or("a snapshot is written VOLUME@NAME, one of a snapshot VOLUME@NAME@NEXT")?;
+    check(volume)?;
+    if let Some((name, why)) = names::path_fault(snapshot) {
+        return Err(format!("the name '{}' {why}", name.escape_debug()));
     }
     Ok(SnapshotName {
         volume: volume.to_owned(),
@@ -253,8 +254,10 @@ mod tests {
     fn names_are_judged_before_they_are_sent() {
         let name = parse_snapshot("disk@monday").unwrap();
         assert_eq!(name.to_string(), "disk@monday");
+        let next = parse_snapshot("disk@monday@try").unwrap();
+        assert_eq!(next.snapshot, "monday@try");
         for text in [
-            "disk", "@", "disk@", "@a", "a/b@c", "a@b@c", "a@b\nc", "a@b/c",
+            "disk", "@", "disk@", "@a", "a/b@c", "a@b@", "a@@c", "a@b\nc", "a@b/c",
         ] {
             assert!(parse_snapshot(text).is_err(), "{text:?}");
         }

@@ -36,7 +36,8 @@ use crate::state::place::settled;
 /// Serve disks and their snapshots until SIGTERM or SIGINT.
 ///
 /// Every DISK becomes an export; the only one is also the default export (the
-/// empty name). Every --snapshot becomes the export VOLUME@NAME. When all of it is
+/// empty name). Every --snapshot becomes the export VOLUME@NAME, or VOLUME@NAME@NEXT if
+/// it is one of the snapshot VOLUME@NAME. When all of it is
 /// ready, one line for each export is printed with its URI, to paste into a client
 /// (several addresses: several URIs on the line).
 ///
@@ -54,7 +55,8 @@ pub(super) struct ServeArgs {
     #[arg(value_name = "[NAME=]DISK", value_hint = ValueHint::FilePath, value_parser = disk_parser())]
     disks: Vec<DiskSpec>,
 
-    /// Serve a snapshot of a disk, kept in the COW store COW.
+    /// Serve a snapshot of a disk, kept in the COW store COW; VOLUME@NAME@NEXT=COW is
+    /// one of the snapshot VOLUME@NAME, which is given too.
     ///
     /// See "COW stores" below for what becomes of COW.
     #[arg(long = "snapshot", value_name = "VOLUME@NAME=COW[,OPTION]...", value_parser = snapshot_parser())]
@@ -199,6 +201,9 @@ Examples:
   On a Unix socket, two snapshots with chunks of 64 KiB, one of at most 10 GiB:
     nbdsnap serve vm=/dev/vg/vm --listen unix:/run/vm.sock \\
       --snapshot vm@a=/var/cow/a,chunk=64K --snapshot vm@b=/var/cow/b,chunk=64K,size=10G
+  A snapshot, and a snapshot of that to try something on:
+    nbdsnap serve disk.img --snapshot disk@monday=monday.cow \\
+      --snapshot disk@monday@try=try.cow
   A writable copy for a test that nobody needs afterwards:
     nbdsnap serve disk.img --snapshot disk@try=/tmp/try.cow,transient
   Three machines on one image, each with what it changes in a store of its own:

@@ -18,6 +18,7 @@ use crate::control::protocol::{
     SnapshotRemove, SnapshotRename, SnapshotReport, SnapshotReset, SnapshotState, StoreLimit,
     WhenFull,
 };
+use crate::names;
 
 /// Take, look after and end snapshots of a running server's disks.
 ///
@@ -51,7 +52,7 @@ enum SnapshotVerb {
 /// never without it. If one snapshot cannot be taken, none is.
 #[derive(Debug, Args)]
 struct CreateArgs {
-    /// The snapshots.
+    /// The snapshots; VOLUME@NAME@NEXT is one of the snapshot VOLUME@NAME, and so on.
     #[arg(value_name = "VOLUME@NAME", required = true, value_parser = parse_snapshot)]
     snapshots: Vec<SnapshotName>,
 
@@ -106,7 +107,8 @@ struct CreateArgs {
     freeze_timeout: u64,
 }
 
-/// Say which snapshots there are, or how they are doing.
+/// Say which snapshots there are, or how they are doing. Those of a snapshot stand
+/// below it.
 #[derive(Debug, Args)]
 struct SelectArgs {
     /// A volume, for all its snapshots, or a snapshot; without any, all.
@@ -114,7 +116,8 @@ struct SelectArgs {
     names: Vec<String>,
 }
 
-/// End snapshots. Their clients are told and dropped; the disk goes on.
+/// End snapshots. Their clients are told and dropped; the disk goes on. One that
+/// others were taken of can only be removed together with these.
 #[derive(Debug, Args)]
 struct RemoveArgs {
     /// The snapshots.
@@ -139,13 +142,14 @@ struct ExtendArgs {
     size: Option<StoreLimit>,
 }
 
-/// Give a snapshot another name. Its clients stay attached.
+/// Give a snapshot another name. Its clients stay attached. The names of those that
+/// were taken of it change with it.
 #[derive(Debug, Args)]
 struct RenameArgs {
     /// The snapshot.
     #[arg(value_name = "VOLUME@NAME", value_parser = parse_snapshot)]
     snapshot: SnapshotName,
-    /// What it is called from now on: the part behind the '@'.
+    /// What it is called from now on: the part behind the last '@'.
     #[arg(value_name = "NEWNAME", value_parser = parse_name)]
     name: String,
 }
@@ -289,7 +293,7 @@ fn list_table(reports: &[SnapshotReport]) -> String {
         .map(|one| {
             let taken = one.taken_at.map_or("-".into(), super::when::show);
             vec![
-                one.name.clone(),
+                indented(one),
                 state(one).into(),
                 taken,
                 rough_size(Some(one.bytes)),
@@ -300,6 +304,12 @@ fn list_table(reports: &[SnapshotReport]) -> String {
     table(&["SNAPSHOT", "STATE", "TAKEN", "SIZE", "STORE"], &rows)
 }
 
+/// Its name, behind that of what it was taken of.
+fn indented(report: &SnapshotReport) -> String {
+    let depth = names::depth(&report.snapshot);
+    format!("{}{}", "  ".repeat(depth), report.name)
+}
+
 fn status_table(reports: &[SnapshotReport]) -> String {
     let rows: Vec<Vec<String>> = reports
         .iter()
@@ -307,7 +317,7 @@ fn status_table(reports: &[SnapshotReport]) -> String {
             let rate = one.fill_bytes_per_second;
             let rate = rate.map_or("-".into(), |rate| format!("{}/s", rough_size(Some(rate))));
             vec![
-                one.name.clone(),
+                indented(one),
                 state(one).into(),
                 rough_size(one.data_bytes),
                 rough_size(one.metadata_bytes),

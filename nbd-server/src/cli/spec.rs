@@ -1,5 +1,5 @@
 //! The two arguments with a grammar of their own: `[NAME=]DISK` and
-//! `VOLUME@NAME=COW[,option]...`. Only words are judged here; no file is touched.
+//! `VOLUME@NAME[@NEXT]...=COW[,option]...`. Only words are judged here; no file is touched.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -21,12 +21,12 @@ pub(super) struct DiskSpec {
     pub path: PathBuf,
 }
 
-/// `VOLUME@NAME=COW[,option]...`.
+/// `VOLUME@NAME[@NEXT]...=COW[,option]...`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SnapshotSpec {
     /// The volume it is of.
     pub volume: String,
-    /// Its own name.
+    /// Its path within that: what stands behind the first `@`.
     pub name: String,
     /// The COW store's path.
     pub cow: PathBuf,
@@ -69,7 +69,9 @@ pub(super) enum SpecError {
         path: String,
     },
     /// A snapshot without `@` or `=`.
-    #[error("a snapshot is written VOLUME@NAME=COW[,option]...")]
+    #[error(
+        "a snapshot is written VOLUME@NAME=COW[,option]..., one of a snapshot VOLUME@NAME@NEXT=COW"
+    )]
     NotASnapshot,
     /// Something that is no option.
     #[error(
@@ -167,7 +169,7 @@ impl SnapshotSpec {
         }
         Ok(Self {
             volume: checked_name(&volume)?,
-            name: checked_name(&name)?,
+            name: checked_path(&name)?,
             cow: OsString::from_vec(cow).into(),
             chunk: options.chunk,
             size: options.size,
@@ -265,7 +267,7 @@ pub(super) fn assemble(
             .find(|other| other.name == snapshot.name)
         {
             let name = format!("{}@{}", snapshot.volume, snapshot.name);
-            let other = format!("{}@NAME", snapshot.volume);
+            let other = names::origin_export(&snapshot.volume, &snapshot.name) + "@NAME";
             return Err(same_name(name, &first.cow, &snapshot.cow, &other));
         }
         volume.snapshots.push(SnapshotRequest {
@@ -327,6 +329,19 @@ fn checked_name(name: &OsStr) -> Result<String, SpecError> {
     match names::fault(text) {
         None => Ok(text.to_owned()),
         Some(why) => Err(refused(why)),
+    }
+}
+
+fn checked_path(path: &OsStr) -> Result<String, SpecError> {
+    let refused = |name: &str, why| SpecError::Name {
+        name: shown(Path::new(name)),
+        why,
+    };
+    let not_utf8 = || refused(&path.to_string_lossy(), "is not UTF-8");
+    let text = path.to_str().ok_or_else(not_utf8)?;
+    match names::path_fault(text) {
+        None => Ok(text.to_owned()),
+        Some((name, why)) => Err(refused(name, why)),
     }
 }
 
@@ -415,6 +430,13 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_of_a_snapshot_is_named_behind_it() {
+        let next = snapshot("disk@a@b=b.cow,ro").unwrap();
+        assert_eq!((&*next.volume, &*next.name), ("disk", "a@b"));
+        assert_eq!(next.cow, Path::new("b.cow"));
+    }
+
+    #[test]
     fn commas_and_equals_signs_in_paths() {
         assert_eq!(
             snapshot("d@s=a=b.cow,ro").unwrap().cow,
@@ -441,7 +463,7 @@ mod tests {
         for text in ["d@s=", "d@s=,ro"] {
             assert_eq!(snapshot(text), Err(SpecError::NoPath), "{text}");
         }
-        for text in ["@s=cow", "d@=cow", "d@s@t=cow", "d/e@s=cow"] {
+        for text in ["@s=cow", "d@=cow", "d@s@=cow", "d@@t=cow", "d/e@s=cow"] {
             assert!(
                 matches!(snapshot(text), Err(SpecError::Name { .. })),
                 "{text}"

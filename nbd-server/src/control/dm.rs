@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 /// The major number of mapped devices. No block driver of Linux has it, so that
 /// numbers in a table can still be those of a block device of the machine.
-pub const MAJOR: u32 = 4095;
+pub const MAJOR: u32 = 999;
 
 /// What the device-mapper can be asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -95,8 +95,8 @@ pub enum Order {
     Dm(DmOrder),
 }
 
-/// Roll a disk back to a snapshot: from the first instant the disk reads as the
-/// snapshot, while the chunks are copied behind it.
+/// Roll a disk, or a snapshot, back to one of its snapshots: from the first instant it
+/// reads as the snapshot, while the chunks are copied behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotMerge {
@@ -148,7 +148,7 @@ pub struct SnapshotReset {
 pub struct SnapshotRename {
     /// Which.
     pub snapshot: SnapshotName,
-    /// What it is called from now on.
+    /// What it is called from now on: the last of its names, without an `@`.
     pub name: String,
 }
 
@@ -187,7 +187,8 @@ pub struct VolumesAdd {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StoreToServe {
-    /// The snapshot's own name.
+    /// Its name within the volume: `NAME`, or `NAME@NEXT` for a snapshot of that one,
+    /// which has to be among them.
     pub snapshot: String,
     /// The path of its COW store, absolute.
     pub cow: PathBuf,
@@ -258,9 +259,10 @@ pub struct EventsWanted {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotName {
-    /// What stands before the `@`.
+    /// What stands before the first `@`.
     pub volume: String,
-    /// What stands behind it.
+    /// What stands behind it: `NAME`, or `NAME@NEXT` for a snapshot of that one, and
+    /// so on.
     pub snapshot: String,
 }
 

@@ -27,12 +27,15 @@ pub enum Answer {
 /// A snapshot, and how it is doing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SnapshotReport {
-    /// Its export, `VOLUME@NAME`.
+    /// Its export, `VOLUME@NAME`, or `VOLUME@NAME@NEXT` for a snapshot of that one.
     pub name: String,
-    /// The volume it is of.
+    /// The volume it belongs to.
     pub volume: String,
-    /// Its own name.
+    /// Its name within that.
     pub snapshot: String,
+    /// The export that it was taken of.
+    #[serde(default)]
+    pub of: String,
     /// How it is doing.
     pub state: SnapshotState,
     /// The path of its COW store.

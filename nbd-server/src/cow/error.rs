@@ -125,6 +125,30 @@ pub enum CowError {
         /// The other store.
         other: PathBuf,
     },
+    /// It was not taken of a disk.
+    #[error(
+        "{}: is of a snapshot, whose store is {}, and not of the disk: read upon that it would show a mixture; serve both ('nbdsnap serve --read-only'), and copy the export",
+        shown(cow),
+        shown(of)
+    )]
+    OfSnapshot {
+        /// The store.
+        cow: PathBuf,
+        /// That of the snapshot.
+        of: PathBuf,
+    },
+    /// Others were taken of the snapshot.
+    #[error(
+        "{}: a snapshot was taken of it, whose store is {}, and depends on it: merge or remove that one first",
+        shown(cow),
+        shown(other)
+    )]
+    Depended {
+        /// The store.
+        cow: PathBuf,
+        /// That of the other snapshot.
+        other: PathBuf,
+    },
     /// Another program did not do its part.
     #[error("{program}: {error}")]
     Program {

@@ -8,11 +8,15 @@ use std::process::Command;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
 use super::CowError;
+use super::hints::{WriteBack, fits_in_memory, read_ahead};
 use super::target::{Sink, Target, is_zero};
 use super::view::{Piece, Source, View};
 
 /// Read and written at a time.
 const PIECE: u64 = 1 << 20;
+
+/// Runs of this length are read well as they come: the kernel reads ahead in them.
+const LONG_RUN: u64 = 16 << 20;
 
 /// Zeros of at least this length, at multiples of it, become holes.
 const HOLE: usize = 64 << 10;
@@ -33,11 +37,10 @@ pub fn to_file(
     if target.is_new() {
         let mut copier = Copier::new(view, &target);
         for piece in view.pieces(0..view.bytes()) {
-            for part in parts_with_data(view, &piece) {
-                copier.copy(&part)?;
-                progress(part.range.end);
-            }
+            copier.take(&piece)?;
+            progress(piece.range.end);
         }
+        copier.copy_gathered()?;
     } else {
         for_each_piece(view, &mut |offset, bytes| {
             progress(offset + bytes.len() as u64);
@@ -107,10 +110,22 @@ impl Drop for Gone {
     }
 }
 
-/// Both are read from their start to their end, more or less.
+/// The disk is read from its start to its end. A store of short runs is read here and
+/// there, and all of it: where it can stay in memory, it is read in one go instead.
 fn prepare(view: &View) {
-    for disk in [view.origin(), &view.store().disk] {
-        let _ = fadvise(&disk.file, 0, None, Advice::Sequential);
+    let _ = fadvise(&view.origin().file, 0, None, Advice::Sequential);
+    let (store, chunk_size) = (view.store(), view.store().header.chunk_size);
+    let (runs, chunks) = view.runs().fold((0, 0), |(runs, chunks), run| {
+        (runs + 1, chunks + run.chunks)
+    });
+    let bytes = chunks * chunk_size.bytes();
+    if bytes >= runs * LONG_RUN {
+        let _ = fadvise(&store.disk.file, 0, None, Advice::Sequential);
+    } else if fits_in_memory(bytes) {
+        let last = view.runs().map(|run| run.cow_range(chunk_size).end).max();
+        // What lies between the runs is read too.
+        let end = last.unwrap_or(0).min(2 * bytes);
+        read_ahead(&store.disk.file, 0..end);
     }
 }
 
@@ -157,12 +172,16 @@ fn parts_with_data(view: &View, piece: &Piece) -> impl Iterator<Item = Piece> {
     })
 }
 
-/// Copies parts of a snapshot to a new file. The kernel copies them, except for blocks
-/// that begin with zeros: those are looked at, and may become holes.
+/// Copies a snapshot to a new file. The kernel copies long pieces, except for blocks
+/// that begin with zeros: those are looked at, and may become holes. Short ones are
+/// gathered, and written together.
 struct Copier<'a> {
     view: &'a View,
     target: &'a Target,
     buffer: Vec<u8>,
+    /// Short pieces, one behind the other.
+    gathered: Range<u64>,
+    write_back: WriteBack,
 }
 
 impl<'a> Copier<'a> {
@@ -170,15 +189,55 @@ impl<'a> Copier<'a> {
         Self {
             view,
             target,
-            buffer: vec![0; HOLE],
+            buffer: vec![0; PIECE as usize],
+            gathered: 0..0,
+            write_back: WriteBack::default(),
         }
+    }
+
+    /// The next piece of the snapshot.
+    fn take(&mut self, piece: &Piece) -> Result<(), CowError> {
+        if piece.range.end - piece.range.start >= PIECE {
+            self.copy_gathered()?;
+            self.gathered = piece.range.end..piece.range.end;
+            let view = self.view;
+            return parts_with_data(view, piece).try_for_each(|part| self.copy(&part));
+        }
+        if piece.range.end - self.gathered.start > PIECE {
+            self.copy_gathered()?;
+            self.gathered = piece.range.clone();
+        }
+        self.gathered.end = piece.range.end;
+        Ok(())
+    }
+
+    /// Write what was gathered, but for blocks of zeros.
+    fn copy_gathered(&mut self) -> Result<(), CowError> {
+        let range = std::mem::take(&mut self.gathered);
+        let bytes = &mut self.buffer[..(range.end - range.start) as usize];
+        self.view.read(range.start, bytes)?;
+        let bytes = &*bytes;
+        let (mut from, mut at) = (range.start, range.start);
+        let slice =
+            |from: u64, to: u64| &bytes[(from - range.start) as usize..(to - range.start) as usize];
+        while at < range.end {
+            let end = block_end(at, range.end);
+            if is_zero(slice(at, end)) {
+                self.target.write_all(from, slice(from, at))?;
+                from = end;
+            }
+            at = end;
+        }
+        self.target.write_all(from, slice(from, range.end))?;
+        self.write_back.wrote(self.target.opened(), range);
+        Ok(())
     }
 
     fn copy(&mut self, part: &Piece) -> Result<(), CowError> {
         let end = part.range.end;
         let (mut from, mut at) = (part.range.start, part.range.start);
         while at < end {
-            let block = at..((at / HOLE as u64 + 1) * HOLE as u64).min(end);
+            let block = at..block_end(at, end);
             if self.is_zero(&block)? {
                 self.copy_data(part, from..at)?;
                 from = block.end;
@@ -215,11 +274,17 @@ impl<'a> Copier<'a> {
         let mut at = range.start + self.target.copy_from(disk, start, range.start, len);
         // The kernel does not copy between any two file systems, nor from devices.
         while at < range.end {
-            let piece = &mut self.buffer[..(HOLE as u64).min(range.end - at) as usize];
+            let piece = &mut self.buffer[..PIECE.min(range.end - at) as usize];
             self.view.read(at, piece)?;
             self.target.write_all(at, piece)?;
             at += piece.len() as u64;
         }
+        self.write_back.wrote(self.target.opened(), range);
         Ok(())
     }
+}
+
+/// Where the block ends in which `at` lies: at a multiple of [`HOLE`], or at `end`.
+fn block_end(at: u64, end: u64) -> u64 {
+    ((at / HOLE as u64 + 1) * HOLE as u64).min(end)
 }

@@ -4,7 +4,10 @@
 //! - Of two that contradict each other the earlier is kept. Entries that a power cut
 //!   brought back to life lie behind those that took their place, so that the later
 //!   one is the more doubtful.
-//! - What lies behind the end of the list is scrubbed.
+//! - What lies behind the end of the list is scrubbed, as the kernel would not read it
+//!   either. Where it is what a torn write of an area leaves, it can be brought back
+//!   instead (`beyond_holes`): its data was durable before the area was written. That is
+//!   wrong after a merge, which opens such holes too, and so has to be asked for.
 //! - Where the list has no room to end, a new store gets it.
 //!
 //! What was left out shows the origin's bytes from then on: each such range is
@@ -15,7 +18,8 @@ use std::path::{Path, PathBuf};
 use nbdsnap_format::header::HEADER_BYTES;
 use nbdsnap_format::runs::clipped;
 use nbdsnap_format::{
-    Bounds, ChunkSize, Exception, Finding, Findings, Found, Header, ListEnd, Misplaced, Tail,
+    ChunkSize, CowChunk, Exception, Finding, Findings, Found, Header, ListEnd, Misplaced,
+    OriginChunk, Tail,
 };
 use serde::Serialize;
 
@@ -46,8 +50,12 @@ pub struct RepairReport {
     /// Entries behind the end of the list that were scrubbed. They may have been
     /// exceptions if the hole before them is damage: then those are lost too.
     pub scrubbed: u64,
+    /// Exceptions from behind a hole that were brought back (`--beyond-holes`).
+    pub regained_exceptions: u64,
+    /// What they stand for, the first thousand.
+    pub regained: Vec<RangeReport>,
     /// Whether more may be lost than is listed: entries were scrubbed that no torn
-    /// write leaves.
+    /// write leaves, or some were brought back, and nobody knows what was in the hole.
     pub doubtful: bool,
     /// Whether the header had to be made anew.
     pub header_made: bool,
@@ -80,6 +88,8 @@ pub struct Wanted<'a> {
     pub force: bool,
     /// The chunk size, where the header does not say it.
     pub chunk_size: Option<ChunkSize>,
+    /// Bring back what lies behind a hole, where a torn write explains it.
+    pub beyond_holes: bool,
 }
 
 /// Repair it.
@@ -94,7 +104,7 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<RepairRe
         return Err(CowError::Invalid(wanted.cow.to_owned()));
     }
     let origin_bytes = wanted.origin.map(disk_bytes).transpose()?;
-    let saved = save(&store, store.bounds(origin_bytes), origin_bytes)?;
+    let saved = save(&store, origin_bytes, wanted.beyond_holes)?;
     let needed = bytes_needed(&store, saved.kept.len() as u64);
     let mut report = RepairReport {
         output: crate::disks::shown(wanted.output.unwrap_or(wanted.cow)),
@@ -102,6 +112,8 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<RepairRe
         lost_exceptions: saved.lost_exceptions,
         lost: saved.lost,
         scrubbed: saved.scrubbed,
+        regained_exceptions: saved.regained_exceptions,
+        regained: saved.regained,
         doubtful: saved.doubtful,
         header_made,
         kept_dump: None,
@@ -155,16 +167,25 @@ struct Saved {
     lost_exceptions: u64,
     lost: Vec<Loss>,
     scrubbed: u64,
+    regained_exceptions: u64,
+    regained: Vec<RangeReport>,
     doubtful: bool,
 }
 
-fn save(store: &CowStore, bounds: Bounds, origin_bytes: Option<u64>) -> Result<Saved, CowError> {
+fn save(
+    store: &CowStore,
+    origin_bytes: Option<u64>,
+    beyond_holes: bool,
+) -> Result<Saved, CowError> {
+    let bounds = store.bounds(origin_bytes);
     let chunk_size = store.header.chunk_size;
     let mut saved = Saved {
         kept: Vec::new(),
         lost_exceptions: 0,
         lost: Vec::new(),
         scrubbed: 0,
+        regained_exceptions: 0,
+        regained: Vec::new(),
         doubtful: false,
     };
     let mut placed: Vec<Exception> = Vec::new();
@@ -172,24 +193,51 @@ fn save(store: &CowStore, bounds: Bounds, origin_bytes: Option<u64>) -> Result<S
         None => placed.push(exception),
         Some(why) => saved.lose(exception, chunk_size, origin_bytes, misplaced(why)),
     })?;
+    let listed = placed.len();
+    let torn = matches!(
+        end,
+        ListEnd::InArea {
+            tail: Tail::Torn { .. },
+            ..
+        }
+    );
+    dump::for_each_stale(store, end, |stale| {
+        let (old, new) = (OriginChunk(stale.old), CowChunk(stale.new));
+        let exception = Exception { old, new };
+        if beyond_holes && torn && bounds.misplaced(exception).is_none() {
+            placed.push(exception);
+        } else {
+            saved.scrubbed += 1;
+        }
+        true
+    })?;
     let later = later_of_two(&placed);
-    for (n, exception) in (0..).zip(placed) {
-        match later.binary_search_by_key(&n, |(n, _)| *n) {
+    for (n, exception) in placed.into_iter().enumerate() {
+        match later.binary_search_by_key(&(n as u64), |(n, _)| *n) {
+            Err(_) if n >= listed => saved.regain(exception, chunk_size, origin_bytes),
             Err(_) => saved.kept.push(exception),
+            // What took its place was written later, and is what the list has.
+            Ok(_) if n >= listed => saved.scrubbed += 1,
             Ok(at) => saved.lose(exception, chunk_size, origin_bytes, later[at].1),
         }
     }
     if let ListEnd::InArea { tail, .. } = end {
-        saved.doubtful = matches!(tail, Tail::Corrupt { .. });
+        saved.doubtful = matches!(tail, Tail::Corrupt { .. }) || saved.regained_exceptions > 0;
     }
-    dump::for_each_stale(store, end, |_| {
-        saved.scrubbed += 1;
-        true
-    })?;
     Ok(saved)
 }
 
 impl Saved {
+    /// From behind a hole.
+    fn regain(&mut self, exception: Exception, chunk_size: ChunkSize, origin_bytes: Option<u64>) {
+        self.kept.push(exception);
+        self.regained_exceptions += 1;
+        if self.regained.len() < MOST_LISTED {
+            let range = nbdsnap_format::Run::of(exception).origin_range(chunk_size);
+            self.regained.push(clipped(&range, origin_bytes).into());
+        }
+    }
+
     fn lose(
         &mut self,
         exception: Exception,

@@ -121,6 +121,11 @@ impl Target {
         self.disk.bytes
     }
 
+    /// The file or device.
+    pub(super) fn opened(&self) -> &File {
+        &self.disk.file
+    }
+
     /// Whether it is a new file, in which zeros need not be written.
     pub fn is_new(&self) -> bool {
         self.is_new

@@ -59,7 +59,7 @@ impl View {
         store.insist_on_soundness(Some(origin.bytes))?;
         let mut exceptions = store.exceptions(None)?;
         exceptions.sort_unstable();
-        let bytes = snapshot_bytes(&store, &origin);
+        let bytes = snapshot_bytes(&store, &origin)?;
         Ok(Self {
             store,
             origin,
@@ -154,11 +154,20 @@ pub(super) fn is_same(a: &OpenDisk, b: &OpenDisk) -> bool {
     }
 }
 
-/// A disk that grew has snapshots that did not; nothing but the disk's list says so.
-fn snapshot_bytes(store: &CowStore, origin: &OpenDisk) -> u64 {
-    let known = Keeper::open(SystemFiles, None)
-        .and_then(|keeper| keeper.list(&origin.path))
-        .ok()
-        .and_then(|list| list.find(&settled(store.path()))?.bytes);
-    known.map_or(origin.bytes, |bytes| bytes.min(origin.bytes))
+/// A disk that grew has snapshots that did not; nothing but the disk's list says so,
+/// nor which store is of a snapshot: read upon the disk that would show a mixture.
+fn snapshot_bytes(store: &CowStore, origin: &OpenDisk) -> Result<u64, CowError> {
+    let list = Keeper::open(SystemFiles, None).and_then(|keeper| keeper.list(&origin.path));
+    let list = list.unwrap_or_default();
+    let Some(listed) = list.find(&settled(store.path())) else {
+        return Ok(origin.bytes);
+    };
+    if let Some(of) = listed.is_of() {
+        return Err(CowError::OfSnapshot {
+            cow: store.path().to_owned(),
+            of: of.to_owned(),
+        });
+    }
+    let known = listed.bytes;
+    Ok(known.map_or(origin.bytes, |bytes| bytes.min(origin.bytes)))
 }

@@ -153,7 +153,7 @@ impl Deed {
     }
 }
 
-/// Where the store of the snapshot `name` goes unless it is said: beside the disk.
+/// Where the store of the snapshot of this path goes unless it is said: beside the disk.
 /// One that other volumes have too is not enough of a name.
 pub fn default_cow(origin: &Origin, volume: &str, name: &str) -> std::path::PathBuf {
     let mut path = origin.path.clone();

@@ -61,7 +61,7 @@ pub struct VolumeRequest {
 /// A snapshot of it.
 #[derive(Clone, Debug)]
 pub struct SnapshotRequest {
-    /// The part after the `@`.
+    /// Its path within the volume, which says what it is of (`names`).
     pub name: String,
     /// The COW store.
     pub cow: PathBuf,
@@ -126,6 +126,27 @@ impl Past {
             },
             merging: wanted.known.merging,
         }
+    }
+}
+
+impl VolumeRequest {
+    /// What a snapshot is of: the volume's disk, or as long as the snapshot that it was
+    /// taken of, which must be served too. One that outlives the server cannot be of
+    /// one that does not.
+    fn origin_of(&self, wanted: &SnapshotRequest, disk: Origin) -> Result<Origin, Refusal> {
+        let Some(path) = names::origin(&wanted.name) else {
+            return Ok(disk);
+        };
+        let of = names::export(&self.name, path);
+        let Some(under) = self.snapshots.iter().find(|one| one.name == path) else {
+            return Err(Refusal::new(&wanted.cow, Cause::NoOrigin(of)));
+        };
+        if under.kind == StoreKind::Transient && wanted.kind != StoreKind::Transient {
+            return Err(Refusal::new(&wanted.cow, Cause::OfTransient(of)));
+        }
+        let below = self.origin_of(under, disk)?;
+        let bytes = under.length(&below);
+        Ok(Origin { bytes, ..below })
     }
 }
 
@@ -264,9 +285,10 @@ impl Plan {
         let mut cows = Vec::new();
         for (request, disk) in &origins {
             for wanted in &request.snapshots {
+                let origin = request.origin_of(wanted, Origin::of(disk, request.access))?;
                 let role = Role::Cow(names::export(&request.name, &wanted.name));
                 let found = open::cow(&wanted.cow, request.access, role, taken)?;
-                cows.push((wanted, Origin::of(disk, request.access), found));
+                cows.push((wanted, origin, found));
             }
         }
         // Each may wait for a flush.

@@ -26,7 +26,7 @@ pub struct OfferedVolume {
 /// A store that shall be served.
 #[derive(Clone, Debug)]
 pub struct OfferedStore {
-    /// The part behind the `@`.
+    /// Its path within the volume, which says what it is of (`names`).
     pub snapshot: String,
     /// Where it is, as it was named.
     pub cow: PathBuf,
@@ -38,6 +38,8 @@ pub struct OfferedStore {
     pub read_only: bool,
     /// A valid store is there. False: one is to be made, or it is invalid.
     pub is_old: bool,
+    /// A store is to be made.
+    pub is_new: bool,
     /// There is no file yet.
     pub is_missing: bool,
     /// The operator says that it has seen every write.
@@ -93,6 +95,7 @@ fn offered(snapshot: &PlannedSnapshot) -> OfferedStore {
         limit: snapshot.limit,
         read_only: snapshot.read_only,
         is_old,
+        is_new: matches!(snapshot.cow, PlannedCow::New(_)),
         is_missing,
         adopted: snapshot.adopted,
         past: snapshot.past,

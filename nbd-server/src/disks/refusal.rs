@@ -189,6 +189,33 @@ pub enum Cause {
     /// There should be a store, and there is none.
     #[error("the store is gone: what was there once is not there any more")]
     StoreGone,
+    /// A snapshot of a snapshot that is not served.
+    #[error(
+        "its snapshot is one of {0}, which is not served, and it reads from that what it does not have: add the store of {0} too, or give this one up"
+    )]
+    NoOrigin(String),
+    /// A store that outlives the server, of a snapshot that does not.
+    #[error(
+        "{0} is transient and ends with the server, and a persistent store of a snapshot of it would be of no use then: make it 'transient' too"
+    )]
+    OfTransient(String),
+    /// A store that was used before, of a snapshot that is only about to be taken.
+    #[error(
+        "holds a store, and {0}, of which its snapshot would be one, is only about to be taken: is the store of {0} missing?"
+    )]
+    OriginIsNew(String),
+    /// A store that the disk's list says is of something else.
+    #[error(
+        "is the store of a snapshot of {listed}, says the list of stores of {disk}, and not of {wanted}: served there it would show a mixture"
+    )]
+    OtherOrigin {
+        /// The disk.
+        disk: String,
+        /// What it was taken of.
+        listed: String,
+        /// What it was named as being of.
+        wanted: String,
+    },
     /// The list of the disk's stores cannot be read or written.
     #[error("the list of its stores cannot be used: {0}")]
     List(String),

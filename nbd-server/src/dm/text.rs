@@ -185,46 +185,46 @@ mod tests {
             (
                 vec![line(1, 0, "nosuch", "")],
                 EINVAL,
-                "table: 4095:7: zero-length target",
+                "table: 999:7: zero-length target",
             ),
             (
                 vec![line(1, 8, "nosuch", "")],
                 EINVAL,
-                "table: 4095:7: nosuch: unknown target type",
+                "table: 999:7: nosuch: unknown target type",
             ),
             (
                 vec![line(1, 8, "linear", "")],
                 EINVAL,
-                "table: 4095:7: linear: Gap in table (-EINVAL)",
+                "table: 999:7: linear: Gap in table (-EINVAL)",
             ),
             (
                 vec![good.clone(), line(9, 8, "linear", "")],
                 EINVAL,
-                "table: 4095:7: linear: Gap in table (-EINVAL)",
+                "table: 999:7: linear: Gap in table (-EINVAL)",
             ),
             (
                 vec![good.clone(), line(7, 8, "error", "")],
                 EINVAL,
-                "table: 4095:7: error: Gap in table (-EINVAL)",
+                "table: 999:7: error: Gap in table (-EINVAL)",
             ),
             (
                 vec![good.clone(), line(8, u64::MAX, "error", "")],
                 EINVAL,
-                "table: 4095:7: too large device",
+                "table: 999:7: too large device",
             ),
             (
                 vec![line(0, MOST_SECTORS + 1, "error", "")],
                 EINVAL,
-                "table: 4095:7: too large device",
+                "table: 999:7: too large device",
             ),
             (
                 vec![good, line(8, 8, "linear", "/nowhere 0")],
                 ENODEV,
-                "table: 4095:7: linear: Device lookup failed (-ENODEV)",
+                "table: 999:7: linear: Device lookup failed (-ENODEV)",
             ),
         ] {
             let error = parse(&text, &mut device).unwrap_err();
-            assert_eq!((error.errno(), error.log("4095:7").as_str()), (errno, log));
+            assert_eq!((error.errno(), error.log("999:7").as_str()), (errno, log));
         }
     }
 }

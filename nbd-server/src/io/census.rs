@@ -45,7 +45,8 @@ impl Worker {
                 only_idle,
                 begun,
             } => {
-                let count = self.attached(volume, View::Origin);
+                let of = self.volumes[&volume].origin_of(*snapshot);
+                let count = self.attached(volume, of);
                 if *only_idle && count > 0 {
                     let _ = begun.send(Err(NotMerged::InUse(count)));
                     return;

@@ -213,7 +213,8 @@ impl Mapped {
                 };
                 self.hand_in(key, connection, cookie, bytes, Kind::Word, command);
             }
-            Call::Nothing => reply::done(&mut connection.outbox, cookie),
+            // Reading ahead is advice.
+            Call::Nothing | Call::Cache { .. } => reply::done(&mut connection.outbox, cookie),
             Call::BlockStatus {
                 offset,
                 len,
@@ -228,8 +229,6 @@ impl Mapped {
                 let status = block_status::all_data(&[extent]);
                 answer_status(connection, cookie, one_extent, &status);
             }
-            // Reading ahead is advice.
-            Call::Cache { .. } => reply::done(&mut connection.outbox, cookie),
         }
     }
 

@@ -44,7 +44,6 @@ pub(super) fn begin(
 ) -> Moving {
     let facts = volume.snapshots.iter_mut();
     let facts = facts.map(|one| SnapshotFacts::of(one, *defaults)).collect();
-    let origin_bytes = volume.disk.bytes;
     let entry = VolumeEntry {
         name: volume.name.clone(),
         id,
@@ -73,7 +72,7 @@ pub(super) fn begin(
             .into_iter()
             .map(|one| {
                 let behaviour = one.behaviour.unwrap_or(*defaults);
-                let settings = behaviour.settings(&one, origin_bytes);
+                let settings = behaviour.settings(&one);
                 new_snapshot(one, settings)
             })
             .collect(),

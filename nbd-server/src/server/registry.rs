@@ -12,6 +12,7 @@ use nbdsnap_engine::{SnapshotId, StoreKind, View};
 use super::directory::{Exports, Route};
 use super::setup::{Defaults, OpenSnapshot};
 use crate::cli::size;
+use crate::control::protocol::SnapshotName;
 pub(super) use crate::disks::now;
 use crate::disks::{Merging, Origin, Scratch};
 use crate::io::{MAPPED, MAPPED_SHARD, VolumeAccess, VolumeId, view_of};
@@ -59,9 +60,10 @@ pub(super) struct VolumeEntry {
     pub(super) snapshots: Vec<SnapshotEntry>,
 }
 
-/// A snapshot of it.
+/// A snapshot of it, or of one of its snapshots.
 #[derive(Debug)]
 pub(super) struct SnapshotEntry {
+    /// Its path within the volume, which says what it is of (`names`).
     pub(super) name: String,
     pub(super) id: SnapshotId,
     pub(super) cow: PathBuf,
@@ -73,7 +75,7 @@ pub(super) struct SnapshotEntry {
     pub(super) limit: Option<u64>,
     pub(super) chunk_bytes: u64,
     pub(super) read_only: bool,
-    /// Its size: what the origin had when it was taken.
+    /// Its size: what it was taken of had so much then.
     pub(super) bytes: u64,
     pub(super) behaviour: Defaults,
     pub(super) taken: Taken,
@@ -100,9 +102,9 @@ pub(super) enum Suspension {
 pub(super) enum MergeState {
     /// There is none.
     None,
-    /// It waits until no client is attached to the origin.
+    /// It waits until no client is attached to what it was taken of.
     Waiting { delete_cow: bool },
-    /// The origin reads as the snapshot, which is no export any more.
+    /// That reads as the snapshot, which is no export any more.
     Begun { delete_cow: bool },
 }
 
@@ -297,10 +299,70 @@ impl VolumeEntry {
         }
     }
 
-    /// The snapshot that it is being merged with, or will be.
+    /// A snapshot that is being merged, or will be.
     pub(super) fn merging(&self) -> Option<&SnapshotEntry> {
         let merges = |entry: &&SnapshotEntry| entry.merge != MergeState::None;
         self.snapshots.iter().find(merges)
+    }
+
+    /// The same, of those that were taken of one snapshot, or of the disk.
+    pub(super) fn merging_into(&self, of: Option<&str>) -> Option<&SnapshotEntry> {
+        let merges = |entry: &&SnapshotEntry| entry.merge != MergeState::None;
+        self.snapshots
+            .iter()
+            .find(|entry| is_of(entry, of) && merges(entry))
+    }
+
+    /// Those that were taken of one snapshot, or of the disk.
+    fn snapshots_of<'a>(&'a self, of: Option<&'a str>) -> impl Iterator<Item = &'a SnapshotEntry> {
+        self.snapshots.iter().filter(move |entry| is_of(entry, of))
+    }
+
+    /// Those that were taken of a snapshot, and of these, and so on.
+    pub(super) fn dependents(&self, path: &str) -> Vec<SnapshotName> {
+        let entries = self.in_tree_order().into_iter();
+        let depending = entries.filter(|entry| names::depends(&entry.name, path));
+        depending.map(|entry| self.name_of(entry)).collect()
+    }
+
+    pub(super) fn name_of(&self, entry: &SnapshotEntry) -> SnapshotName {
+        SnapshotName {
+            volume: self.name.clone(),
+            snapshot: entry.name.clone(),
+        }
+    }
+
+    /// Each behind what it was taken of, and before its siblings that came later.
+    pub(super) fn in_tree_order(&self) -> Vec<&SnapshotEntry> {
+        let mut waiting: Vec<&SnapshotEntry> = self.snapshots_of(None).collect();
+        waiting.reverse();
+        let mut order = Vec::with_capacity(self.snapshots.len());
+        while let Some(entry) = waiting.pop() {
+            order.push(entry);
+            if self.snapshots.len() > order.len() + waiting.len() {
+                let before = waiting.len();
+                waiting.extend(self.snapshots_of(Some(&entry.name)));
+                waiting[before..].reverse();
+            }
+        }
+        order
+    }
+
+    /// The disk as it is, or as long as a snapshot of it: what another is taken of.
+    pub(super) fn origin_of(&self, path: &str) -> Origin {
+        let below = names::origin(path).and_then(|of| self.snapshot(of));
+        Origin {
+            bytes: below.map_or(self.origin.bytes, |below| below.bytes),
+            ..self.origin.clone()
+        }
+    }
+
+    /// What the snapshot of this path is one of; none: that is not there.
+    pub(super) fn view_below(&self, path: &str) -> Option<View> {
+        match names::origin(path) {
+            None => Some(View::Origin),
+            Some(of) => self.snapshot(of).map(|below| View::Snapshot(below.id)),
+        }
     }
 
     pub(super) fn snapshot(&self, name: &str) -> Option<&SnapshotEntry> {
@@ -318,8 +380,8 @@ impl VolumeEntry {
     }
 
     fn export(&self) -> Export {
-        let chunks = self.snapshots.iter().map(|snapshot| snapshot.chunk_bytes);
-        let description = match self.snapshots.len() {
+        let chunks = self.snapshots_of(None).map(|snapshot| snapshot.chunk_bytes);
+        let description = match self.snapshots_of(None).count() {
             0 => "disk without snapshots".into(),
             1 => "origin of 1 snapshot".into(),
             count => format!("origin of {count} snapshots"),
@@ -348,7 +410,7 @@ impl VolumeEntry {
             name: names::export(&self.name, &snapshot.name),
             description: format!(
                 "snapshot of {} ({kind}, chunks of {}{taken})",
-                self.name,
+                names::origin_export(&self.name, &snapshot.name),
                 size::show(snapshot.chunk_bytes)
             ),
             size: snapshot.bytes,
@@ -366,6 +428,10 @@ fn mapped_export(device: &DeviceInfo) -> Export {
         flags: transmission_flags(device.read_only, false),
         block_size: BlockSize::for_chunk(0),
     }
+}
+
+fn is_of(entry: &SnapshotEntry, of: Option<&str>) -> bool {
+    names::origin(&entry.name) == of
 }
 
 impl Registry {
@@ -387,7 +453,7 @@ impl Registry {
     }
 
     /// What clients see: for each volume the export `NAME`, then `NAME@SNAPSHOT`
-    /// for each of its snapshots. Where there is only one volume, its origin is
+    /// for each of its snapshots, `NAME@SNAPSHOT@NEXT` for theirs. Where there is only one volume, its origin is
     /// the default export too.
     pub(super) fn exports(&self) -> Result<Exports, CatalogError> {
         let mut exports = Vec::new();
@@ -402,7 +468,7 @@ impl Registry {
             exports.push(volume.export());
             routes.push(route(View::Origin, !volume.origin.access.writes_origin()));
             let begun = |one: &&SnapshotEntry| matches!(one.merge, MergeState::Begun { .. });
-            for snapshot in volume.snapshots.iter().filter(|one| !begun(one)) {
+            for snapshot in volume.in_tree_order().into_iter().filter(|one| !begun(one)) {
                 exports.push(volume.snapshot_export(snapshot));
                 routes.push(route(View::Snapshot(snapshot.id), snapshot.read_only));
             }

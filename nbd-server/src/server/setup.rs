@@ -31,7 +31,7 @@ pub struct OpenDisk {
 /// A snapshot that is to be served.
 #[derive(Debug)]
 pub struct OpenSnapshot {
-    /// The part after the `@`.
+    /// Its path within the volume, which says what it is of (`names`).
     pub name: String,
     /// Its COW store's device.
     pub disk: OpenDisk,
@@ -75,8 +75,8 @@ pub struct Defaults {
 }
 
 impl Defaults {
-    /// What that means for a snapshot of an origin of so many bytes.
-    pub(super) fn settings(&self, snapshot: &OpenSnapshot, origin_bytes: u64) -> Settings {
+    /// What that means for a snapshot.
+    pub(super) fn settings(&self, snapshot: &OpenSnapshot) -> Settings {
         let fixed = snapshot.disk.is_block_device;
         let auto_extend = self
             .auto_extend
@@ -87,7 +87,7 @@ impl Defaults {
                 most_bytes: disks::all_it_needs(
                     snapshot.store.kind(),
                     snapshot.store.chunk_size(),
-                    origin_bytes,
+                    snapshot.past.bytes,
                 ),
             });
         Settings {

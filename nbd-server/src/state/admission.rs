@@ -17,6 +17,7 @@ use crate::disks::{
     VolumeRequest, shown,
 };
 use crate::io::VolumeAccess;
+use crate::names;
 use crate::server::setup::Defaults;
 
 impl From<&OfferedStore> for SnapshotRecord {
@@ -125,15 +126,22 @@ pub fn as_listed<F: Files>(
             if let Some(store) = list.find(&cow) {
                 snapshot.known = known(store);
             }
-            named.push(cow);
+            named.push((cow, snapshot.name.clone()));
         }
         for store in &list.stores {
             let known = known(store);
             // Of a disk that nobody writes it is refused later.
-            let goes_on = known.merging.is_some() && request.access.writes_origin();
-            if goes_on && !named.contains(&store.cow) {
+            let may_go_on = match store.of {
+                None => request.access.writes_origin(),
+                Some(_) => request.access.writes_stores(),
+            };
+            let is_named = named.iter().any(|(cow, _)| *cow == store.cow);
+            if known.merging.is_none() || !may_go_on || is_named {
+                continue;
+            }
+            if let Some(name) = name_beside(store, &named) {
                 request.snapshots.push(SnapshotRequest {
-                    name: store.snapshot.clone(),
+                    name,
                     cow: store.cow.clone(),
                     kind: StoreKind::Persistent,
                     chunk: None,
@@ -151,6 +159,16 @@ pub fn as_listed<F: Files>(
     Ok(requests)
 }
 
+/// What a store of the list is called among those that are named, by the name there of
+/// what it was taken of; none: that is not there.
+fn name_beside(store: &AttachedStore, named: &[(PathBuf, String)]) -> Option<String> {
+    let Some(of) = store.is_of() else {
+        return Some(names::last(&store.snapshot).to_owned());
+    };
+    let (_, below) = named.iter().find(|(cow, _)| cow == of)?;
+    Some(names::path(Some(below), names::last(&store.snapshot)))
+}
+
 /// Refuse a volume that would be written without one of its stores, or with one
 /// that may be stale, unless the operator gave the word for it.
 pub fn admit<F: Files>(
@@ -163,7 +181,9 @@ pub fn admit<F: Files>(
         .map_err(|error| Refusal::new(&volume.disk, Cause::List(error.to_string())))?;
     if !volume.access.writes_origin() {
         let mut stores = list.stores.iter();
-        if let Some(store) = stores.find(|store| store.mark == Mark::Merging) {
+        let writes = |store: &AttachedStore| store.of.is_some() && volume.access.writes_stores();
+        let mut halfway = |store: &&AttachedStore| store.mark == Mark::Merging && !writes(store);
+        if let Some(store) = stores.find(&mut halfway) {
             let cause = Cause::MergeReadOnly(shown(&store.cow));
             return Err(Refusal::new(&volume.disk, cause));
         }
@@ -172,11 +192,16 @@ pub fn admit<F: Files>(
         return Ok(());
     }
     let cows: Vec<PathBuf> = volume.stores.iter().map(|s| settled(&s.cow)).collect();
+    let store_of = |path: &str| {
+        let place = volume.stores.iter().position(|one| one.snapshot == path);
+        place.map(|place| cows[place].as_path())
+    };
     let stores = volume.stores.iter().zip(&cows);
     let offered: Vec<Offered<'_>> = stores
         .filter(|(store, _)| store.kind != StoreKind::Transient)
         .map(|(store, cow)| Offered {
             cow,
+            of: names::origin(&store.snapshot).and_then(store_of),
             is_old: store.is_old,
             adopted: store.adopted,
         })
@@ -189,17 +214,26 @@ pub fn admit<F: Files>(
             Cause::MergeMissing(shown(&store.cow)),
         ));
     }
+    for store in &volume.stores {
+        let of = names::origin(&store.snapshot);
+        let is_new = |one: &OfferedStore| one.is_new && Some(&*one.snapshot) == of;
+        if !store.is_new && volume.stores.iter().any(is_new) {
+            let of = names::origin_export(&volume.name, &store.snapshot);
+            return Err(Refusal::new(&store.cow, Cause::OriginIsNew(of)));
+        }
+    }
     let findings = match volume.access {
-        VolumeAccess::Shared => list.judge_shared(&offered),
+        VolumeAccess::Shared => list.judge_shared(&offered, &given_up),
         VolumeAccess::ReadWrite | VolumeAccess::ReadOnly => list.judge(&offered, &given_up),
     };
     match findings.first() {
         None => Ok(()),
-        Some(finding) => Err(refusal(&volume.disk, finding)),
+        Some(finding) => Err(refusal(volume, finding)),
     }
 }
 
-fn refusal(disk: &Path, finding: &Finding) -> Refusal {
+fn refusal(volume: &OfferedVolume, finding: &Finding) -> Refusal {
+    let disk = &volume.disk;
     match finding {
         Finding::Missing(store) => Refusal::new(
             disk,
@@ -210,6 +244,23 @@ fn refusal(disk: &Path, finding: &Finding) -> Refusal {
         ),
         Finding::MissingMerge(store) => Refusal::new(disk, Cause::MergeMissing(shown(&store.cow))),
         Finding::Unlisted(cow) => Refusal::new(cow, Cause::Unlisted(shown(disk))),
+        Finding::OtherOrigin(store) => {
+            let offered = volume.stores.iter();
+            let mut here = offered.filter(|one| settled(&one.cow) == store.cow);
+            let wanted = here.next().map_or_else(String::new, |one| {
+                names::origin_export(&volume.name, &one.snapshot)
+            });
+            let listed = names::origin_export(&volume.name, &store.snapshot);
+            let disk = shown(disk);
+            Refusal::new(
+                &store.cow,
+                Cause::OtherOrigin {
+                    disk,
+                    listed,
+                    wanted,
+                },
+            )
+        }
         Finding::Lost(store) => Refusal::new(
             &store.cow,
             Cause::Stale {

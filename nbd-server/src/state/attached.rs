@@ -29,11 +29,14 @@ pub enum Mark {
 /// A store on the list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttachedStore {
-    /// What the snapshot was called, for messages.
+    /// What the snapshot was called within its volume.
     pub snapshot: String,
     /// Where the store is, absolute.
     #[serde(with = "seal::path")]
     pub cow: PathBuf,
+    /// The store of the snapshot that it was taken of; none: of the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<StorePath>,
     /// How large the disk was at the snapshot's instant, in bytes: nothing in the
     /// store says so.
     #[serde(default)]
@@ -65,6 +68,11 @@ pub struct Anew {
 }
 
 impl AttachedStore {
+    /// The store of the snapshot that it was taken of; none: of the disk.
+    pub fn is_of(&self) -> Option<&Path> {
+        self.of.as_ref().map(|of| of.0.as_path())
+    }
+
     /// Settle a change of its file, given which one lies there: what was said of the
     /// old one does not hold for the new one.
     pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
@@ -88,6 +96,8 @@ pub struct Attached {
 pub struct Offered<'a> {
     /// Absolute.
     pub cow: &'a Path,
+    /// The store of the snapshot that it is said to be of; none: of the disk.
+    pub of: Option<&'a Path>,
     /// A persistent store that is there and valid; not one that is to be made.
     pub is_old: bool,
     /// The operator says that it has seen every write to the disk.
@@ -105,6 +115,8 @@ pub enum Finding {
     Unlisted(PathBuf),
     /// A store that is known to be stale.
     Lost(AttachedStore),
+    /// A store of a snapshot that was taken of something else.
+    OtherOrigin(AttachedStore),
 }
 
 impl Attached {
@@ -122,6 +134,9 @@ impl Attached {
                 (Mark::Lost, Some(offer)) if offer.is_old => {
                     findings.push(Finding::Lost(store.clone()));
                 }
+                (_, Some(offer)) if offer.is_old && offer.of != store.is_of() => {
+                    findings.push(Finding::OtherOrigin(store.clone()));
+                }
                 _ => {}
             }
         }
@@ -134,12 +149,14 @@ impl Attached {
     }
 
     /// Of these findings, those that count where nobody writes the disk: a store that
-    /// is not served then misses nothing.
-    pub fn judge_shared(&self, offered: &[Offered<'_>]) -> Vec<Finding> {
-        let mut findings = self.judge(offered, &[]);
+    /// is not served then misses nothing, unless it is of a snapshot that is.
+    pub fn judge_shared(&self, offered: &[Offered<'_>], given_up: &[PathBuf]) -> Vec<Finding> {
+        let mut findings = self.judge(offered, given_up);
+        let writes =
+            |of: Option<&Path>| of.is_some_and(|of| offered.iter().any(|one| one.cow == of));
         findings.retain(|finding| match finding {
-            Finding::Missing(_) | Finding::MissingMerge(_) => false,
-            Finding::Unlisted(_) | Finding::Lost(_) => true,
+            Finding::Missing(store) | Finding::MissingMerge(store) => writes(store.is_of()),
+            Finding::Unlisted(_) | Finding::Lost(_) | Finding::OtherOrigin(_) => true,
         });
         findings
     }

@@ -11,11 +11,12 @@ use super::attached::{Anew, Attached, AttachedStore, Mark};
 use super::files::{FileIdentity, beside};
 use super::seal;
 use crate::control::protocol::{Growth, Kind, WhenFull};
+use crate::names;
 
 /// A snapshot that a server has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotRecord {
-    /// The part behind the `@`.
+    /// Its path within the volume, which says what it is of (`names`).
     pub name: String,
     /// Its store, absolute.
     #[serde(with = "seal::path")]
@@ -39,7 +40,7 @@ pub struct SnapshotRecord {
     /// When that was, in seconds since 1970; none: nobody has written it down.
     #[serde(default)]
     pub taken_at: Option<u64>,
-    /// It is being merged into its origin.
+    /// It is being merged into what it was taken of.
     #[serde(default)]
     pub merging: bool,
     /// At the end of that its file is deleted.
@@ -86,7 +87,7 @@ impl State {
                 .snapshots
                 .iter()
                 .filter(|snapshot| snapshot.kind != Kind::Transient)
-                .map(SnapshotRecord::attached);
+                .map(|snapshot| snapshot.attached(volume.store_below(&snapshot.name)));
             lists.entry(&volume.disk).or_default().stores.extend(stores);
         }
         lists
@@ -153,6 +154,16 @@ impl State {
         volume.snapshots.iter_mut().find(|one| one.name == snapshot)
     }
 
+    /// Every snapshot of a volume of which `of` says a new path is called that.
+    pub fn rename_snapshots(&mut self, volume: &str, of: impl Fn(&str) -> Option<String>) {
+        let volumes = self.volumes.iter_mut().filter(|one| one.name == volume);
+        for snapshot in volumes.flat_map(|one| &mut one.snapshots) {
+            if let Some(new) = of(&snapshot.name) {
+                snapshot.name = new;
+            }
+        }
+    }
+
     /// Strike a snapshot out.
     pub fn remove_snapshot(&mut self, volume: &str, snapshot: &str) {
         for one in self.volumes.iter_mut().filter(|one| one.name == volume) {
@@ -170,6 +181,15 @@ impl State {
     }
 }
 
+impl VolumeRecord {
+    /// The store of the snapshot that another was taken of; none: it is of the disk.
+    fn store_below(&self, path: &str) -> Option<StorePath> {
+        let of = names::origin(path)?;
+        let below = self.snapshots.iter().find(|one| one.name == of);
+        below.map(|below| StorePath(below.cow.clone()))
+    }
+}
+
 impl SnapshotRecord {
     /// Settle a change of the store's file, given which one lies there.
     pub(super) fn settle_anew(&mut self, there: Option<FileIdentity>) {
@@ -179,10 +199,11 @@ impl SnapshotRecord {
         }
     }
 
-    fn attached(&self) -> AttachedStore {
+    fn attached(&self, of: Option<StorePath>) -> AttachedStore {
         AttachedStore {
             snapshot: self.name.clone(),
             cow: self.cow.clone(),
+            of,
             bytes: self.bytes,
             taken_at: self.taken_at,
             delete_cow: self.delete_cow,

@@ -29,7 +29,7 @@ const STEPS: usize = 250;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a side answered to the probes, then to the steps: in common words.
-fn translated(outcomes: Vec<Outcome>, probes: usize) -> Vec<Outcome> {
+fn translated(outcomes: &[Outcome], probes: usize) -> Vec<Outcome> {
     let numbers = Numbers::learn(&outcomes[..probes]);
     let outcomes = outcomes[probes..].iter();
     outcomes.map(|outcome| numbers.translate(outcome)).collect()
@@ -61,7 +61,7 @@ pub(super) fn on_the_kernel(machine: &Machine, disks: &[PathBuf], steps: &[Step]
         steps.len(),
         began.elapsed()
     );
-    translated(outcomes, probes)
+    translated(&outcomes, probes)
 }
 
 /// nbdsnap's answers, and the server, which is still to be stopped: whatever differs
@@ -84,7 +84,7 @@ pub(super) fn on_nbdsnap(
     };
     side.program.insert(0, program().display().to_string());
     let began = Instant::now();
-    let mut outcomes = Vec::new();
+    let mut outcomes: Vec<Outcome> = Vec::new();
     for (n, step) in steps.iter().enumerate() {
         let began = Instant::now();
         outcomes.push(side.play(step));
@@ -98,7 +98,7 @@ pub(super) fn on_nbdsnap(
         }
     }
     println!("nbdsnap: {} steps in {:.0?}", steps.len(), began.elapsed());
-    (translated(outcomes, probes), server)
+    (translated(&outcomes, probes), server)
 }
 
 /// The model and the kernel agree on what succeeds; if not, the model is wrong, and

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use nbdsnap_format::ChunkSize;
 
 use super::super::*;
-use super::{SECTOR, line, linear, pair, write};
+use super::rig::{SECTOR, line, linear, pair, write};
 use crate::disk::sim::{Loss, Rng, SimDisk};
 use crate::disk::{DiskError, Outcome};
 use crate::request::{Command, Failure, RequestId};

@@ -230,7 +230,8 @@ impl Volume {
         }
     }
 
-    /// Copy `bytes` in a step instead of 4 MiB: simulated disks are smaller than that.
+    /// Copy `bytes` in a step instead of 4 MiB: simulated disks are smaller than that,
+    /// and where nobody waits for a step, more takes less time.
     pub fn set_merge_step(&mut self, bytes: u64) {
         assert!(bytes > 0);
         self.merge_step = bytes;

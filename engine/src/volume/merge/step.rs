@@ -20,7 +20,7 @@ use super::Merge;
 use crate::disk::{Action, Device, Outcome};
 use crate::in_flight::RangeId;
 use crate::snapshot::State;
-use crate::store::Tail;
+use crate::store::{Changed, Tail};
 use crate::volume::copy::Holder;
 use crate::volume::flush::Waiter;
 use crate::volume::origin_write::Writer;
@@ -35,8 +35,11 @@ pub(crate) type PieceKey = usize;
 pub(crate) enum Stage {
     /// Between two steps: all that was done is durable.
     Resting,
-    /// The end of the list is being read.
-    Reading(Tail),
+    /// The end of the list is being read, area by area: the parts that are there.
+    Reading {
+        tails: Vec<Tail>,
+        blocks: Vec<Bytes>,
+    },
     /// The window is closed; what is in its way ends.
     Clearing(Step),
     /// Pieces are being copied: how many more, and whether one has failed.
@@ -47,8 +50,8 @@ pub(crate) enum Stage {
     },
     /// The origin is being flushed.
     FlushingOrigin(Step),
-    /// The entries are being zeroed.
-    Zeroing(Step),
+    /// The entries are being zeroed, area by area: in how many they are.
+    Zeroing { step: Step, done: usize },
     /// The store is being flushed.
     FlushingStore(Step),
     /// An error has stopped it.
@@ -58,9 +61,9 @@ pub(crate) enum Stage {
 /// The exceptions that are merged together.
 #[derive(Debug)]
 pub(crate) struct Step {
-    tail: Tail,
-    /// What the list's blocks hold afterwards.
-    zeroed: Bytes,
+    tails: Vec<Tail>,
+    /// What the blocks of each of them hold afterwards.
+    zeroed: Vec<Bytes>,
     /// In the order of the origin's chunks.
     chunks: Vec<OriginChunk>,
     /// The bytes of the origin that they are, neighbours together.
@@ -96,31 +99,51 @@ impl Volume {
     pub(super) fn begin_merge_step(&mut self) {
         let bytes = self.merge_step;
         let merge = self.merge_mut();
-        let tail = merge.unwind.tail(bytes).expect("there is something left");
-        merge.stage = Stage::Reading(tail);
-        let (id, offset, len) = (merge.id, tail.offset, tail.len);
-        self.emit(
-            Device::Cow(id),
-            Action::Read { offset, len },
-            Purpose::MergeTail,
-        );
+        let tails = merge.unwind.tails(bytes);
+        assert!(!tails.is_empty(), "there is something left");
+        let blocks = Vec::with_capacity(tails.len());
+        merge.stage = Stage::Reading { tails, blocks };
+        self.read_merge_tail();
     }
 
-    /// The end of the list is there: close the window around its chunks.
-    pub(in crate::volume) fn merge_tail_read(&mut self, outcome: Outcome) {
+    /// Read the end of the next area.
+    fn read_merge_tail(&mut self) {
         let merge = self.merge_mut();
-        let Stage::Reading(tail) = merge.take_stage() else {
+        let Stage::Reading { tails, blocks } = &merge.stage else {
             unreachable!("the end of the list is being read");
         };
-        let Ok(blocks) = outcome else {
+        let Tail { offset, len, .. } = tails[blocks.len()];
+        let device = Device::Cow(merge.id);
+        self.emit(device, Action::Read { offset, len }, Purpose::MergeTail);
+    }
+
+    /// The end of an area is there; with the last of them, close the window around
+    /// the step's chunks.
+    pub(in crate::volume) fn merge_tail_read(&mut self, outcome: Outcome) {
+        let merge = self.merge_mut();
+        let Stage::Reading { tails, mut blocks } = merge.take_stage() else {
+            unreachable!("the end of the list is being read");
+        };
+        let Ok(block) = outcome else {
             return self.merge_failed("the list of its store could not be read");
         };
-        let known = |all: &Vec<nbdsnap_format::Exception>| {
-            all.iter().all(|e| merge.table.get(e.old) == Some(e.new))
-        };
-        let Some(mut all) = tail.exceptions(&blocks).ok().filter(known) else {
+        blocks.push(block);
+        if blocks.len() < tails.len() {
+            merge.stage = Stage::Reading { tails, blocks };
+            return self.read_merge_tail();
+        }
+        let mut all = Vec::new();
+        for (tail, block) in tails.iter().zip(&blocks) {
+            match tail.exceptions(block) {
+                Ok(exceptions) => all.extend(exceptions),
+                Err(Changed) => {
+                    return self.merge_failed("the list of its store is not what it was");
+                }
+            }
+        }
+        if all.iter().any(|e| merge.table.get(e.old) != Some(e.new)) {
             return self.merge_failed("the list of its store is not what it was");
-        };
+        }
         all.sort_unstable();
         let size = merge.chunk_size;
         let mut ranges: Vec<(u64, u64)> = Vec::new();
@@ -136,8 +159,10 @@ impl Volume {
             .map(|&(start, end)| merge.window.insert(start, end))
             .collect();
         merge.stage = Stage::Clearing(Step {
-            tail,
-            zeroed: tail.zeroed(&blocks),
+            zeroed: (tails.iter().zip(&blocks))
+                .map(|(tail, block)| tail.zeroed(block))
+                .collect(),
+            tails,
             chunks: all.into_iter().map(|e| e.old).collect(),
             ranges,
             window,
@@ -339,10 +364,18 @@ impl Volume {
     }
 
     fn zero_entries(&mut self, step: Step) {
+        self.merge_mut().stage = Stage::Zeroing { step, done: 0 };
+        self.zero_next_entries();
+    }
+
+    /// Zero the entries of the next area.
+    fn zero_next_entries(&mut self) {
         let merge = self.merge_mut();
+        let Stage::Zeroing { step, done } = &merge.stage else {
+            unreachable!("the step zeroes its entries");
+        };
         let id = merge.id;
-        let (offset, data) = (step.tail.offset, vec![step.zeroed.clone()]);
-        merge.stage = Stage::Zeroing(step);
+        let (offset, data) = (step.tails[*done].offset, vec![step.zeroed[*done].clone()]);
         self.emit(
             Device::Cow(id),
             Action::Write { offset, data },
@@ -356,9 +389,14 @@ impl Volume {
         }
         let must_flush = self.law.merged_before_released();
         let merge = self.merge_mut();
-        let Stage::Zeroing(step) = merge.take_stage() else {
+        let Stage::Zeroing { step, done } = merge.take_stage() else {
             unreachable!("the step zeroes its entries");
         };
+        let done = done + 1;
+        if done < step.tails.len() {
+            merge.stage = Stage::Zeroing { step, done };
+            return self.zero_next_entries();
+        }
         merge.stage = Stage::FlushingStore(step);
         if must_flush {
             merge.lane.waiting.push(Waiter::Merge);
@@ -374,8 +412,9 @@ impl Volume {
         let Stage::FlushingStore(step) = merge.take_stage() else {
             unreachable!("the step asked for the flush");
         };
-        merge.unwind.commit(&step.tail);
-        for &old in &step.chunks {
+        merge.unwind.commit(&step.tails);
+        // From the end of each run: what is left of it is shortened in its place.
+        for &old in step.chunks.iter().rev() {
             merge.table.remove(old);
         }
         if let Some(percent) = merge.progress_to_say() {
@@ -392,11 +431,11 @@ impl Volume {
         let merge = self.merge_mut();
         let id = merge.id;
         match std::mem::replace(&mut merge.stage, Stage::Failed) {
-            Stage::Resting | Stage::Reading(_) | Stage::Failed => {}
+            Stage::Resting | Stage::Reading { .. } | Stage::Failed => {}
             Stage::Clearing(step) | Stage::Copying { step, .. } | Stage::FlushingOrigin(step) => {
                 self.open_merge_window(step.window);
             }
-            Stage::Zeroing(step) | Stage::FlushingStore(step) => {
+            Stage::Zeroing { step, .. } | Stage::FlushingStore(step) => {
                 for &(start, end) in &step.ranges {
                     merge.doubtful.insert(start, end);
                 }

@@ -155,6 +155,11 @@ pub(super) struct RepairArgs {
     /// Overwrite whatever a block device holds.
     #[arg(long)]
     force: bool,
+    /// Bring back what lies behind a hole in the list, where it can be what a torn write
+    /// left; the kernel would not read it. Not after a merge of the store has begun: that
+    /// opens such holes, and what lies behind them has been merged.
+    #[arg(long)]
+    beyond_holes: bool,
     #[command(flatten)]
     printing: Printing,
 }
@@ -168,6 +173,7 @@ pub(super) fn repair(args: &RepairArgs, quiet: bool) -> Result<(), Ended> {
         output: args.output.as_deref(),
         force: args.force,
         chunk_size: args.chunk,
+        beyond_holes: args.beyond_holes,
     };
     let report = repair::run(wanted, &mut |done| bar.done(done))?;
     drop(bar);
@@ -194,6 +200,20 @@ fn repaired(report: &RepairReport) -> String {
     let unlisted = report.lost_exceptions - report.lost.len() as u64;
     if unlisted > 0 {
         let _ = writeln!(text, "and {} more", counted(unlisted, "chunk", "chunks"));
+    }
+    for range in &report.regained {
+        let _ = writeln!(
+            text,
+            "brought back from behind a hole: {} bytes of the snapshot at {}",
+            range.length, range.offset
+        );
+    }
+    let unlisted = report.regained_exceptions - report.regained.len() as u64;
+    if unlisted > 0 {
+        let _ = writeln!(text, "and {} more", counted(unlisted, "chunk", "chunks"));
+    }
+    if report.regained_exceptions > 0 {
+        text.push_str("what was in the hole is lost, and nobody knows what it stood for\n");
     }
     if report.header_made {
         text.push_str("the header was made anew\n");

@@ -278,7 +278,7 @@ Examples:
   nbdsnap dm status --target snapshot")]
     Status(Devices),
     /// Show how devices are doing, or all of them.
-    #[command(args = shown(&["columns", "options", "sort", "noheadings", "separator", "nameprefixes", "unquoted", "rows", "inactive", "noopencount"]), args = shown(&NAMED), after_help = "\
+    #[command(args = shown(&["columns", "options", "sort", "noheadings", "separator", "nameprefixes", "unquoted", "rows", "noopencount"]), args = shown(&NAMED), after_help = "\
 Examples:
   nbdsnap dm info vm
   nbdsnap dm info -c
@@ -384,7 +384,7 @@ pub(super) struct Switches {
     /// Do not freeze the file system: accepted, since nothing here freezes one.
     #[arg(long, global = true, hide = true)]
     pub(super) nolockfs: bool,
-    /// Name the new device's second name, or a device by it.
+    /// The device's uuid: a second name, which stays.
     #[arg(short, long, value_name = "UUID", global = true, hide = true)]
     pub(super) uuid: Option<String>,
     /// The device's major number, together with --minor.
@@ -449,7 +449,7 @@ pub(super) struct Switches {
     /// As a tree of what stands on what.
     #[arg(long, global = true, hide = true)]
     pub(super) tree: bool,
-    /// Accepted: how often a device is open costs nothing to find out.
+    /// Accepted: how often a device is open is always told.
     #[arg(long, global = true, hide = true)]
     pub(super) noopencount: bool,
     #[command(flatten)]

@@ -33,7 +33,6 @@ pub(super) use line::DmArgs;
 
 use super::Failure;
 use super::orders::{ServerAt, beside_the_point, print};
-use crate::control::client::ControlClient;
 use crate::control::dm::{DmAnswer, DmOrder};
 use crate::control::protocol::{Answer, Order};
 use line::Line;
@@ -42,10 +41,7 @@ use session::{Located, World};
 /// The verb.
 pub(super) fn run(args: DmArgs, verbose: u8) -> Result<(), Failure> {
     let (line, server) = args.split(verbose);
-    let mut world = Outside {
-        server,
-        connection: None,
-    };
+    let mut world = Outside { server };
     let done = execute(line, &mut world);
     // Both may be closed.
     let _ = io::stderr().write_all(done.err.as_bytes());
@@ -74,16 +70,13 @@ fn execute(line: Line, world: &mut dyn World) -> Done {
 /// The server, and the files of this machine.
 struct Outside {
     server: ServerAt,
-    connection: Option<ControlClient>,
 }
 
 impl World for Outside {
     fn ask(&mut self, order: DmOrder) -> Result<DmAnswer, Failure> {
-        let connection = match self.connection.as_mut() {
-            Some(connection) => connection,
-            None => self.connection.insert(self.server.connect()?),
-        };
-        match connection.order(Order::Dm(order)) {
+        // A connection each: a table on standard input can take longer to come than the
+        // server has patience.
+        match self.server.connect()?.order(Order::Dm(order)) {
             Ok(Answer::Dm(answer)) => Ok(answer),
             Ok(_) => Err(beside_the_point()),
             Err(error) => Err(Failure::refused(error)),

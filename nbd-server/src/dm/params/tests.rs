@@ -278,7 +278,7 @@ fn awkward(lower: Lower) -> String {
     let odd = |number: u32| blanks[number as usize % blanks.len()];
     match lower {
         Lower::Disk(DiskId(number)) => format!("/{}d{number}{}", odd(number), odd(number / 8)),
-        Lower::Device(DeviceId(minor)) => format!("4095:{minor}"),
+        Lower::Device(DeviceId(minor)) => format!("999:{minor}"),
     }
 }
 

@@ -40,14 +40,15 @@ impl Hosted {
             Event::Created(id) => {
                 tracing::info!(export = self.export(*id), "snapshot taken");
                 if let Some(arrival) = &mut self.arrival {
-                    arrival.missing.retain(|missing| missing != id);
+                    arrival.created(*id);
                 }
+                self.go_on_arriving();
             }
             Event::CreateFailed(id) => {
                 let export = self.export(*id);
                 tracing::error!(export, "the snapshot could not be taken");
                 if let Some(arrival) = self.arrival.take() {
-                    let _ = arrival.report.send(Err(export));
+                    arrival.fail(export);
                 }
                 self.stores.remove(id);
             }
@@ -141,13 +142,5 @@ impl Hosted {
             .get(&id)
             .map_or("?", |store| store.name.as_str());
         format!("{}@{name}", self.name)
-    }
-
-    pub(super) fn report_arrival(&mut self) {
-        let complete = self.arrival.take_if(|arrival| arrival.missing.is_empty());
-        if let Some(arrival) = complete {
-            // Whoever asked may have given up.
-            let _ = arrival.report.send(Ok(arrival.views));
-        }
     }
 }

@@ -5,7 +5,9 @@
 //! possible, else hands it to the engine. [`Hosted::pump`] performs what the
 //! engine wants done and answers what it has finished.
 
+mod arrival;
 mod events;
+mod hold;
 mod orders;
 mod questions;
 
@@ -30,10 +32,13 @@ use crate::law;
 use crate::nbd::reply::{self, ReadOf, Refusal};
 use crate::nbd::transmission::Call;
 
-use orders::Hold;
+use arrival::Arrival;
+use hold::Hold;
+
 pub(super) use questions::answer_status;
 
-pub use orders::{AutoExtend, NotHeld, NotMerged, Settings, VolumeOrder};
+pub use hold::NotHeld;
+pub use orders::{AutoExtend, NotMerged, Settings, VolumeOrder};
 
 /// Operations performed for one volume before others have their turn.
 const TURN_OPS: usize = 1024;
@@ -50,7 +55,7 @@ pub struct NewDisk {
 /// A snapshot that comes with a volume.
 #[derive(Debug)]
 pub struct NewSnapshot {
-    /// The part behind the `@`.
+    /// Its path within the volume, which says what it is of (`names`).
     pub name: String,
     /// Its exceptions.
     pub store: Store,
@@ -58,7 +63,7 @@ pub struct NewSnapshot {
     pub disk: NewDisk,
     /// Its instant is still to be taken.
     pub fresh: bool,
-    /// It is being merged into the origin, and that goes on.
+    /// It is being merged into what it is of, and that goes on.
     pub merging: bool,
     /// How it behaves.
     pub settings: Settings,
@@ -149,14 +154,6 @@ enum State {
     Closed(bool),
 }
 
-/// Snapshots that are still being taken before the volume can be announced.
-#[derive(Debug)]
-struct Arrival {
-    views: Vec<View>,
-    missing: Vec<SnapshotId>,
-    report: Sender<Views>,
-}
-
 /// A volume and what belongs to it.
 #[derive(Debug)]
 pub(super) struct Hosted {
@@ -172,6 +169,8 @@ pub(super) struct Hosted {
     hold: Option<Hold>,
     /// Snapshots that are being removed, and whom to tell of the end.
     leaving: BTreeMap<SnapshotId, Sender<()>>,
+    /// Of these, those that can only go when their own snapshots have gone.
+    leave_later: Vec<SnapshotId>,
     /// Whom to tell that the volume stands still.
     suspending: Option<Sender<bool>>,
     /// Stores that grow by themselves.
@@ -194,68 +193,29 @@ impl Hosted {
             Medium::OriginFile
         };
         let access = new.access;
-        let local = |file, medium| {
-            LocalDisk::new(Disk {
-                file,
-                medium,
-                read_only: match medium {
-                    Medium::Store => !access.writes_stores(),
-                    Medium::OriginFile | Medium::OriginBlockDevice => !access.writes_origin(),
-                },
-            })
-        };
-        let mut tree = law::new_tree(new.config);
-        let mut stores = BTreeMap::new();
-        let mut views = vec![None; new.snapshots.len()];
-        let mut missing = Vec::new();
-        let mut settings = Vec::new();
-        let (fresh, old): (Vec<_>, Vec<_>) = new
-            .snapshots
-            .into_iter()
-            .enumerate()
-            .partition(|(_, snapshot)| snapshot.fresh);
-        for (place, snapshot) in old.into_iter().chain(fresh) {
-            let id = if snapshot.fresh {
-                let id = tree.create_snapshot(View::Origin, snapshot.store);
-                let id = id.expect("a volume whose disk is being merged comes without new ones");
-                missing.push(id);
-                id
-            } else if snapshot.merging {
-                tree.attach_merging(View::Origin, snapshot.store)
-            } else {
-                tree.attach_snapshot(View::Origin, snapshot.store)
-            };
-            views[place] = Some(View::Snapshot(id));
-            let disk = local(snapshot.disk.file, Medium::Store);
-            let name = snapshot.name;
-            stores.insert(id, HostedStore { name, disk });
-            settings.push((id, snapshot.settings));
-        }
-        let views = views.into_iter().flatten().collect();
         let mut hosted = Self {
             id: new.id,
             name: new.name,
-            tree,
-            origin: local(new.disk.file, medium),
-            stores,
+            tree: law::new_tree(new.config),
+            origin: LocalDisk::new(Disk {
+                file: new.disk.file,
+                medium,
+                read_only: !access.writes_origin(),
+            }),
+            stores: BTreeMap::new(),
             waiting: Table::new(),
             state: State::Serving,
             hold: None,
             leaving: BTreeMap::new(),
+            leave_later: Vec::new(),
             suspending: None,
             auto_extends: BTreeMap::new(),
             merge: None,
             access,
-            arrival: Some(Arrival {
-                views,
-                missing,
-                report,
-            }),
+            arrival: None,
             extents: Vec::new(),
         };
-        for (id, settings) in settings {
-            hosted.settle(id, settings);
-        }
+        hosted.receive(new.snapshots, report);
         hosted
     }
 
@@ -483,12 +443,14 @@ impl Hosted {
     /// Perform what the engine wants done, answer what it has finished. True if
     /// there is more to do at once than one turn allows.
     pub(super) fn pump(&mut self, clients: &mut Clients, outside: &mut Outside) -> bool {
-        let more = self.perform_ops(outside);
+        let mut more = self.perform_ops(outside);
         while let Some(reply) = self.tree.poll_reply() {
             self.handle_reply(reply, clients);
         }
         while let Some(event) = self.tree.poll_event() {
             self.handle_event(&event, outside);
+            // What follows from it may be something to do.
+            more = true;
         }
         if !self.auto_extends.is_empty() {
             self.extend_by_themselves(outside);

@@ -5,12 +5,11 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::sync::mpsc::Sender;
 
-use nbdsnap_engine::{InstantId, NodeMergeError, OnFull, SnapshotId, TakeError, View};
+use nbdsnap_engine::{NodeMergeError, OnFull, RemoveError, SnapshotId, View};
 use nbdsnap_format::SECTOR_BYTES;
 
-use super::{Hosted, HostedStore, NewSnapshot, State};
-use crate::io::disk::{Disk, LocalDisk};
-use crate::io::file::Medium;
+use super::hold::Held;
+use super::{Hosted, NewSnapshot};
 use crate::io::news::What;
 use crate::io::shard::Outside;
 
@@ -18,14 +17,15 @@ use crate::io::shard::Outside;
 /// given up: a report that nobody takes is dropped.
 #[derive(Debug)]
 pub enum VolumeOrder {
-    /// Prepare the instant of new snapshots and hold the origin's writes. Ends
+    /// Prepare the instant of new snapshots, of the origin and of snapshots that are
+    /// there, and hold the writes to what they are of. Ends
     /// with the ids when the volume is held, to stay so until
     /// [`VolumeOrder::Take`] or [`VolumeOrder::Abandon`]. One at a time.
     Hold {
         /// The snapshots.
         snapshots: Vec<NewSnapshot>,
         /// Where the ids go.
-        held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
+        held: Held,
     },
     /// Take the instant that is held, and go on.
     Take {
@@ -37,13 +37,13 @@ pub enum VolumeOrder {
         /// Told when the snapshots' stores are not used any more.
         abandoned: Sender<()>,
     },
-    /// Roll the origin back to a snapshot; its own clients are dropped.
+    /// Roll what a snapshot was taken of back to it; its own clients are dropped.
     Merge {
         /// Which.
         snapshot: SnapshotId,
-        /// Only if no client is attached to the origin.
+        /// Only if no client is attached to what it was taken of.
         only_idle: bool,
-        /// Told when the origin reads as the snapshot.
+        /// Told when that reads as the snapshot.
         begun: Sender<Result<(), NotMerged>>,
     },
     /// Let new requests queue, those in flight end, and flush everything.
@@ -86,7 +86,8 @@ pub enum VolumeOrder {
         /// There is a durable mark.
         durable: bool,
     },
-    /// End a snapshot: its clients are told, and dropped.
+    /// End a snapshot: its clients are told, and dropped. It goes after those that
+    /// were taken of it, which are to be removed too.
     Remove {
         /// Which.
         snapshot: SnapshotId,
@@ -133,43 +134,15 @@ fn size_of(mut file: &File) -> std::io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
-/// Why a volume cannot be held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NotHeld {
-    /// A flush of the origin failed.
-    FlushFailed,
-    /// The volume takes no more requests.
-    Closing,
-    /// The view is being merged, or has gone.
-    NotThere,
-}
-
-impl From<TakeError> for NotHeld {
-    fn from(refused: TakeError) -> Self {
-        match refused {
-            TakeError::NoSuchView | TakeError::Merging => Self::NotThere,
-            TakeError::Closing => Self::Closing,
-        }
-    }
-}
-
 /// Why a merge does not begin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotMerged {
-    /// So many clients are attached to the origin.
+    /// So many clients are attached to what would change.
     InUse(u64),
     /// The engine's word.
     Refused(NodeMergeError),
     /// It was begun, and an operation failed.
     Failed(&'static str),
-}
-
-/// An instant that is being prepared, or held.
-#[derive(Debug)]
-pub(super) struct Hold {
-    instant: InstantId,
-    ids: Vec<SnapshotId>,
-    held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
 }
 
 impl Hosted {
@@ -178,27 +151,15 @@ impl Hosted {
         match order {
             VolumeOrder::Hold { snapshots, held } => self.hold(snapshots, held),
             VolumeOrder::Take { taken } => {
-                let hold = self.hold.take();
-                let there = hold.is_some_and(|hold| self.tree.take_instant(hold.instant).is_ok());
-                let _ = taken.send(there);
+                let _ = taken.send(self.take());
             }
             VolumeOrder::Abandon { abandoned } => {
-                if let Some(hold) = self.hold.take() {
-                    self.tree.abandon_instant(hold.instant);
-                    self.drop_stores(&hold.ids);
-                }
+                self.abandon();
                 let _ = abandoned.send(());
             }
             VolumeOrder::Remove { snapshot, removed } => {
-                // Whoever orders it sees to it that nothing stands on it, and that it is
-                // not being merged; if that is not so, the channel closes.
-                match self.tree.remove_snapshot(snapshot) {
-                    Ok(()) => drop(self.leaving.insert(snapshot, removed)),
-                    Err(error) => tracing::error!(
-                        export = self.export(snapshot),
-                        "the snapshot is not removed: {error}"
-                    ),
-                }
+                self.leaving.insert(snapshot, removed);
+                self.remove(snapshot);
             }
             VolumeOrder::Merge {
                 snapshot, begun, ..
@@ -241,45 +202,6 @@ impl Hosted {
             // The rest of it is the thread's.
             VolumeOrder::Leave { .. } => self.close(),
         }
-    }
-
-    fn hold(
-        &mut self,
-        snapshots: Vec<NewSnapshot>,
-        held: Sender<Result<Vec<SnapshotId>, NotHeld>>,
-    ) {
-        assert!(self.hold.is_none(), "one instant at a time");
-        if self.state != State::Serving {
-            let _ = held.send(Err(NotHeld::Closing));
-            return;
-        }
-        let mut stores = Vec::new();
-        let mut rest = Vec::new();
-        for snapshot in snapshots {
-            stores.push(snapshot.store);
-            rest.push((snapshot.name, snapshot.disk.file, snapshot.settings));
-        }
-        let (instant, ids) = match self.tree.begin_instant(View::Origin, stores) {
-            Ok(begun) => begun,
-            Err(refused) => {
-                let _ = held.send(Err(refused.into()));
-                return;
-            }
-        };
-        for (&id, (name, file, settings)) in ids.iter().zip(rest) {
-            self.add_store(id, name, file);
-            self.settle(id, settings);
-        }
-        self.hold = Some(Hold { instant, ids, held });
-    }
-
-    fn add_store(&mut self, id: SnapshotId, name: String, file: std::fs::File) {
-        let disk = LocalDisk::new(Disk {
-            file,
-            medium: Medium::Store,
-            read_only: !self.access.writes_stores(),
-        });
-        self.stores.insert(id, HostedStore { name, disk });
     }
 
     /// Have a snapshot that is there behave as it was ordered.
@@ -332,32 +254,6 @@ impl Hosted {
         }
     }
 
-    fn drop_stores(&mut self, ids: &[SnapshotId]) {
-        for id in ids {
-            self.stores.remove(id);
-        }
-    }
-
-    /// The engine holds the instant.
-    pub(super) fn instant_held(&mut self, instant: InstantId) {
-        if let Some(hold) = self.hold.as_ref().filter(|hold| hold.instant == instant) {
-            let _ = hold.held.send(Ok(hold.ids.clone()));
-        }
-    }
-
-    /// It cannot be held.
-    pub(super) fn instant_failed(&mut self, instant: InstantId) {
-        if let Some(hold) = self.hold.take_if(|hold| hold.instant == instant) {
-            self.drop_stores(&hold.ids);
-            let why = if self.state == State::Serving {
-                NotHeld::FlushFailed
-            } else {
-                NotHeld::Closing
-            };
-            let _ = hold.held.send(Err(why));
-        }
-    }
-
     /// A snapshot has left.
     pub(super) fn snapshot_removed(&mut self, id: SnapshotId) {
         self.stores.remove(&id);
@@ -365,6 +261,35 @@ impl Hosted {
         if let Some(removed) = self.leaving.remove(&id) {
             let _ = removed.send(());
         }
+        for later in std::mem::take(&mut self.leave_later) {
+            self.remove(later);
+        }
+    }
+
+    /// Remove a snapshot; if its own are on their way out, after them.
+    fn remove(&mut self, id: SnapshotId) {
+        match self.tree.remove_snapshot(id) {
+            Ok(()) => {}
+            Err(RemoveError::HasSnapshots(others))
+                if others.iter().all(|one| self.leaving.contains_key(one)) =>
+            {
+                self.leave_later.push(id);
+            }
+            Err(error) => {
+                // Whoever orders it sees to it that this does not happen; the channel
+                // closes.
+                self.leaving.remove(&id);
+                tracing::error!(
+                    export = self.export(id),
+                    "the snapshot is not removed: {error}"
+                );
+            }
+        }
+    }
+
+    /// What a snapshot is one of.
+    pub(in crate::io) fn origin_of(&self, id: SnapshotId) -> View {
+        self.tree.origin_of(id).unwrap_or(View::Origin)
     }
 
     /// The origin reads as the snapshot.

@@ -305,12 +305,11 @@ impl Turn<'_> {
 
 /// What can be refused by looking at the words of an order.
 fn check_addition(add: &VolumeAdd) -> Result<(), Refused> {
-    let snapshots = add.snapshots.iter().map(|one| &one.snapshot);
-    for name in std::iter::once(&add.name).chain(snapshots) {
-        if let Some(why) = names::fault(name) {
-            let name = name.clone();
-            return Err(Refused::Name { name, why });
-        }
+    let fault = names::fault(&add.name).map(|why| (&*add.name, why));
+    let mut paths = add.snapshots.iter().map(|one| &one.snapshot);
+    if let Some((name, why)) = fault.or_else(|| paths.find_map(|path| names::path_fault(path))) {
+        let name = name.to_owned();
+        return Err(Refused::Name { name, why });
     }
     let mut seen: Vec<&str> = Vec::new();
     for one in &add.snapshots {

@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::{OnFull, SnapshotId};
+use nbdsnap_engine::{OnFull, SnapshotId, StoreKind};
 
 use super::refusal::Refused;
 use super::turn::{Shared, Turn};
-use crate::control::protocol::{Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit};
+use crate::control::protocol::{Answer, EventKind, Kind, SnapshotCreate, SnapshotName, StoreLimit};
 use crate::disks::{self, Known, Making, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::law;
 use crate::names;
 use crate::server::moving::new_snapshot;
-use crate::server::registry::{SnapshotEntry, SnapshotFacts, Taken, now};
+use crate::server::registry::{MergeState, SnapshotEntry, SnapshotFacts, Taken, now};
 use crate::server::setup::{Defaults, OpenSnapshot};
 use crate::state::admission::files_to_make;
 use crate::state::keeper::Change;
@@ -152,8 +152,8 @@ impl Turn<'_> {
                 .registry
                 .volume(&name.volume)
                 .ok_or_else(|| Refused::NoVolume(name.volume.clone()))?;
-            if let Some(why) = names::fault(&name.snapshot) {
-                let name = name.snapshot.clone();
+            if let Some((fault, why)) = names::path_fault(&name.snapshot) {
+                let name = fault.to_owned();
                 return Err(Refused::Name { name, why });
             }
             let export = names::export(&name.volume, &name.snapshot);
@@ -163,11 +163,23 @@ impl Turn<'_> {
             if wanted[..place].contains(name) {
                 return Err(Refused::Twice(name.clone()));
             }
-            if let Some(merging) = volume.merging() {
-                return Err(Refused::Merging(SnapshotName {
-                    volume: volume.name.clone(),
-                    snapshot: merging.name.clone(),
-                }));
+            let of = names::origin(&name.snapshot);
+            let mut changing = volume.merging_into(of);
+            if let Some(path) = of {
+                let (volume_name, snapshot) = (name.volume.clone(), path.to_owned());
+                let below = volume
+                    .snapshot(path)
+                    .ok_or(Refused::NoSnapshot(SnapshotName {
+                        volume: volume_name,
+                        snapshot,
+                    }))?;
+                changing = changing.or((below.merge != MergeState::None).then_some(below));
+                if below.kind == StoreKind::Transient && create.kind != Kind::Transient {
+                    return Err(Refused::OfTransient(name.clone()));
+                }
+            }
+            if let Some(merging) = changing {
+                return Err(Refused::Merging(volume.name_of(merging)));
             }
             if !volume.origin.access.writes_stores() {
                 return Err(Refused::ReadOnly(volume.name.clone()));
@@ -188,7 +200,7 @@ impl Turn<'_> {
         let behaviour = self.behaviour(create);
         let books = &mut **self;
         let volume = books.registry.volume(&name.volume).expect("checked before");
-        let origin = &volume.origin;
+        let origin = &volume.origin_of(&name.snapshot);
         let beside = || disks::default_cow(origin, &name.volume, &name.snapshot);
         let request = SnapshotRequest {
             name: name.snapshot.clone(),
@@ -229,7 +241,7 @@ impl Turn<'_> {
                 facts: Vec::new(),
             });
             part.facts.push(SnapshotFacts::of(&mut open, behaviour));
-            let settings = behaviour.settings(&open, volume.origin.bytes);
+            let settings = behaviour.settings(&open);
             part.snapshots.push(new_snapshot(open, settings));
         }
         parts.into_values().collect()

@@ -1,11 +1,12 @@
-//! `snapshot merge` and `snapshot cancel`: a disk is rolled back to a snapshot.
+//! `snapshot merge` and `snapshot cancel`: a disk, or a snapshot, is rolled back to one
+//! of its snapshots.
 //! The records mark it durably before the volume is told; the end comes as news
 //! from the volume's thread.
 
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::StoreKind;
+use nbdsnap_engine::{StoreKind, View};
 
 use super::Administrator;
 use super::refusal::Refused;
@@ -14,8 +15,9 @@ use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
-use crate::io::{News, NotMerged, VolumeAccess, VolumeOrder, What};
-use crate::server::registry::{MergeState, SnapshotEntry, Suspension};
+use crate::io::{News, NotMerged, VolumeAccess, VolumeId, VolumeOrder, What};
+use crate::names;
+use crate::server::registry::{MergeState, SnapshotEntry, Suspension, VolumeEntry};
 use crate::state::record::State;
 
 /// A disk comes to rest within this time, mostly.
@@ -30,29 +32,38 @@ impl Turn<'_> {
             return Err(Refused::MergeTransient(name.clone()));
         }
         let volume_entry = self.registry.volume(&name.volume).expect("found above");
+        let depending = volume_entry.dependents(&name.snapshot);
+        if !depending.is_empty() {
+            return Err(Refused::Depended(name.clone(), depending));
+        }
+        let of = names::origin(&name.snapshot);
         match volume_entry.origin.access {
             VolumeAccess::ReadWrite => {}
+            VolumeAccess::Shared if of.is_some() => {}
             VolumeAccess::Shared => return Err(Refused::MergeShared(name.clone())),
             VolumeAccess::ReadOnly => return Err(Refused::ReadOnly(name.volume.clone())),
+        }
+        let below = of.and_then(|of| volume_entry.snapshot(of));
+        if below.is_some_and(|below| below.read_only) {
+            let why = "what it was taken of takes no writes".to_owned();
+            return Err(Refused::NotMergeable(name.clone(), why));
         }
         if volume_entry.suspension != Suspension::Running {
             return Err(Refused::StandsStill(name.volume.clone()));
         }
         // One that has failed is taken up again: the engine knows whether it has.
-        if let Some(other) = volume_entry.merging().filter(|_| !tries_again) {
-            return Err(Refused::Merging(SnapshotName {
-                volume: name.volume.clone(),
-                snapshot: other.name.clone(),
-            }));
+        let others = volume_entry.merging_into(of);
+        if let Some(other) = others.filter(|_| !tries_again) {
+            return Err(Refused::Merging(volume_entry.name_of(other)));
         }
         let delete_cow = merge.delete_cow;
-        let clients = self.origin_clients(volume)?;
+        let clients = self.clients_below(name, volume)?;
         match merge.clients {
             MergeClients::Wait if clients > 0 => {
                 self.set_merge(name, MergeState::Waiting { delete_cow });
                 self.tell(EventKind::MergeWaiting, name);
                 // The last of them may have gone between the look and the note.
-                if self.origin_clients(volume)? == 0 {
+                if self.clients_below(name, volume)? == 0 {
                     match self.begin_merge(name, true, delete_cow) {
                         Ok(()) | Err(Refused::MergeInUse(..)) => {}
                         Err(refused) => return Err(refused),
@@ -60,7 +71,7 @@ impl Turn<'_> {
                 }
             }
             MergeClients::Refuse if clients > 0 && !tries_again => {
-                return Err(Refused::MergeInUse(name.volume.clone(), clients));
+                return Err(in_use(name, clients));
             }
             MergeClients::Force => self.begin_merge(name, false, delete_cow)?,
             MergeClients::Wait | MergeClients::Refuse => {
@@ -113,7 +124,7 @@ impl Turn<'_> {
         };
         let refused = match begun {
             Ok(()) => return Ok(()),
-            Err(NotMerged::InUse(clients)) => Refused::MergeInUse(name.volume.clone(), clients),
+            Err(NotMerged::InUse(clients)) => in_use(name, clients),
             Err(NotMerged::Refused(error)) => {
                 Refused::NotMergeable(name.clone(), error.to_string())
             }
@@ -124,6 +135,13 @@ impl Turn<'_> {
         self.publish();
         self.record(|_| ())?;
         Err(refused)
+    }
+
+    /// Clients attached to what a snapshot was taken of.
+    fn clients_below(&mut self, name: &SnapshotName, volume: VolumeId) -> Result<u64, Refused> {
+        let entry = self.registry.volume(&name.volume);
+        let view = entry.and_then(|entry| entry.view_below(&name.snapshot));
+        self.count_clients(|one| one.volume == volume && Some(one.view) == view)
     }
 
     /// The mark that a restart goes by (durability.md, rule 12).
@@ -148,7 +166,7 @@ impl Turn<'_> {
     pub(super) fn hear(&mut self, news: &News) {
         match &news.what {
             What::Merged => self.merged(news),
-            What::ClientWent { .. } if news.snapshot.is_none() => self.origin_left(news),
+            What::ClientWent { .. } => self.origin_left(news),
             _ => {}
         }
     }
@@ -185,23 +203,23 @@ impl Turn<'_> {
         self.tell(EventKind::MergeDone, &name);
     }
 
-    /// A client of an origin has gone: it may be the last that a merge waits for.
+    /// A client has gone: it may be the last that a merge waits for.
     fn origin_left(&mut self, news: &News) {
         let mut volumes = self.registry.volumes.iter();
         let Some(volume) = volumes.find(|volume| volume.id == news.volume) else {
             return;
         };
-        let Some(entry) = volume.merging() else {
+        let mut entries = volume.snapshots.iter();
+        let Some((entry, delete_cow)) = entries.find_map(|entry| match entry.merge {
+            MergeState::Waiting { delete_cow } if waits_for(volume, entry, news) => {
+                Some((entry, delete_cow))
+            }
+            _ => None,
+        }) else {
             return;
         };
-        let MergeState::Waiting { delete_cow } = entry.merge else {
-            return;
-        };
-        let name = SnapshotName {
-            volume: volume.name.clone(),
-            snapshot: entry.name.clone(),
-        };
-        if self.origin_clients(news.volume).unwrap_or(1) > 0 {
+        let name = volume.name_of(entry);
+        if self.clients_below(&name, news.volume).unwrap_or(1) > 0 {
             return;
         }
         match self.begin_merge(&name, true, delete_cow) {
@@ -216,16 +234,29 @@ impl Turn<'_> {
     }
 }
 
+/// The news are of a client of what the snapshot was taken of.
+fn waits_for(volume: &VolumeEntry, entry: &SnapshotEntry, news: &News) -> bool {
+    let of = news.snapshot.as_ref();
+    let left = of.map_or(View::Origin, |(id, _)| View::Snapshot(*id));
+    volume.view_below(&entry.name) == Some(left)
+}
+
+fn in_use(name: &SnapshotName, clients: u64) -> Refused {
+    let changes = names::origin_export(&name.volume, &name.snapshot);
+    Refused::MergeInUse(changes, clients)
+}
+
 impl Administrator {
     /// The volume of which there may be something to follow.
     pub(super) fn concerned(&self, news: &News) -> Option<String> {
         let mut volumes = self.registry.volumes.iter();
         let volume = volumes.find(|volume| volume.id == news.volume)?;
-        let waits = |entry: &SnapshotEntry| matches!(entry.merge, MergeState::Waiting { .. });
+        let waits = |entry: &&SnapshotEntry| matches!(entry.merge, MergeState::Waiting { .. });
         let follows = match news.what {
             What::Merged => true,
             What::ClientWent { .. } => {
-                news.snapshot.is_none() && volume.snapshots.iter().any(waits)
+                let mut waiting = volume.snapshots.iter().filter(waits);
+                waiting.any(|entry| waits_for(volume, entry, news))
             }
             _ => false,
         };

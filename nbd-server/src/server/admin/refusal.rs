@@ -15,6 +15,12 @@ pub(super) enum Refused {
     Name { name: String, why: &'static str },
     #[error("there is a snapshot {0} already: take another name, or remove that one first")]
     Exists(SnapshotName),
+    #[error("snapshots were taken of {0}, and depend on it: {list}", list = listed(.1))]
+    Depended(SnapshotName, Vec<SnapshotName>),
+    #[error(
+        "{0} would be a snapshot of one that is transient and ends with the server: take it with --transient too"
+    )]
+    OfTransient(SnapshotName),
     #[error("{0} is named twice")]
     Twice(SnapshotName),
     #[error("no snapshot is named: write VOLUME@NAME")]
@@ -147,4 +153,10 @@ pub(super) enum Refused {
         "{0} was removed, but operations on its store have not ended within {1} seconds: is its disk stalled?"
     )]
     StillBusy(SnapshotName, u64),
+}
+
+/// Names in one line.
+fn listed(names: &[SnapshotName]) -> String {
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    names.join(", ")
 }

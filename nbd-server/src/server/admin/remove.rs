@@ -1,7 +1,9 @@
 //! `snapshot remove`: the records forget it first, for from the moment on at which
 //! the volume lets a snapshot go its store misses writes; then it vanishes from
-//! the lists, its clients are dropped, and its store is given back.
+//! the lists, its clients are dropped, and its store is given back. One that others
+//! were taken of goes only with all of these.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -14,6 +16,7 @@ use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, SnapshotName, SnapshotRemove};
 use crate::disks::{Scratch, shown, sync_folder_of};
 use crate::io::{VolumeId, VolumeOrder};
+use crate::names;
 use crate::server::registry::{MergeState, SnapshotEntry};
 use crate::state::keeper::Change;
 use crate::state::record::State;
@@ -35,6 +38,12 @@ impl Turn<'_> {
             if entry.merge != MergeState::None {
                 return Err(Refused::Merging(name.clone()));
             }
+            let volume = self.registry.volume(&name.volume).expect("found above");
+            let mut depending = volume.dependents(&name.snapshot);
+            depending.retain(|other| !names.contains(other));
+            if !depending.is_empty() {
+                return Err(Refused::Depended(name.clone(), depending));
+            }
             if remove.delete_cow && entry.cow_is_block_device {
                 return Err(Refused::DeleteDevice(name.clone(), shown(&entry.cow)));
             }
@@ -45,6 +54,8 @@ impl Turn<'_> {
         for name in names {
             leaving.push((name, self.strike_out(name)));
         }
+        // Each before what it was taken of.
+        leaving.sort_by_key(|(name, _)| Reverse(names::depth(&name.snapshot)));
         self.publish();
         let until = Instant::now() + LEAVE;
         let mut answers = Vec::new();

@@ -132,10 +132,8 @@ impl VolumeEntry {
 }
 
 fn all_of(volume: &VolumeEntry) -> impl Iterator<Item = SnapshotName> + '_ {
-    volume.snapshots.iter().map(|snapshot| SnapshotName {
-        volume: volume.name.clone(),
-        snapshot: snapshot.name.clone(),
-    })
+    let order = volume.in_tree_order().into_iter();
+    order.map(|snapshot| volume.name_of(snapshot))
 }
 
 fn report(
@@ -152,6 +150,7 @@ fn report(
         name: names::export(volume_name, &entry.name),
         volume: volume_name.to_owned(),
         snapshot: entry.name.clone(),
+        of: names::origin_export(volume_name, &entry.name),
         state: match (status, entry.merge) {
             (Status::MergeFailed, _) => SnapshotState::MergeFailed,
             (_, MergeState::Begun { .. }) => SnapshotState::Merging,

@@ -76,11 +76,12 @@ impl Turn<'_> {
         if !volume.origin.access.writes_stores() {
             return Err(Refused::ReadOnly(name.volume.clone()));
         }
-        if let Some(merging) = volume.merging() {
-            return Err(Refused::Merging(SnapshotName {
-                volume: name.volume.clone(),
-                snapshot: merging.name.clone(),
-            }));
+        if let Some(merging) = volume.merging_into(names::origin(&name.snapshot)) {
+            return Err(Refused::Merging(volume.name_of(merging)));
+        }
+        let depending = volume.dependents(&name.snapshot);
+        if !depending.is_empty() {
+            return Err(Refused::Depended(name.clone(), depending));
         }
         if entry.cow_is_block_device {
             return Err(Refused::ResetDevice(name.clone()));
@@ -182,7 +183,7 @@ impl Turn<'_> {
         open.name.clone_from(&name.snapshot);
         let mut facts = SnapshotFacts::of(&mut open, old.behaviour);
         facts.cow.clone_from(&old.cow);
-        let settings = old.behaviour.settings(&open, volume.origin.bytes);
+        let settings = old.behaviour.settings(&open);
         Part {
             shard: volume.shard,
             volume: volume.id,
@@ -200,7 +201,8 @@ impl Turn<'_> {
         let mut plan = SnapshotPlan::default();
         let books = &mut **self;
         let volume = books.registry.volume(&name.volume).expect("found before");
-        plan.add(&name.volume, &volume.origin, request, &mut books.taken)?;
+        let origin = volume.origin_of(&name.snapshot);
+        plan.add(&name.volume, &origin, request, &mut books.taken)?;
         let roles = plan.roles();
         let made = self.aside(|_| plan.carry_out(&mut Unrecorded));
         let made = made.inspect_err(|_| self.give_back(&roles))?;

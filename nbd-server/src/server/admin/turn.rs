@@ -124,12 +124,7 @@ impl<'a> Turn<'a> {
         self.shared.records()
     }
 
-    /// The server stops, and whoever waits for long should not.
-    pub(super) fn is_stopping(&self) -> bool {
-        self.shared.claims.is_closed()
-    }
-
-    /// Where that is seen.
+    /// Where it is seen that the server stops, and whoever waits for long should not.
     pub(super) fn claims(&self) -> Arc<Claims> {
         Arc::clone(&self.shared.claims)
     }

@@ -4,12 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::View;
-
 use super::refusal::Refused;
 use super::turn::Turn;
 use crate::control::protocol::{Answer, EventKind, EventReport, SnapshotName};
-use crate::io::{ClientStatus, Shard, VolumeId, VolumeOrder};
+use crate::io::{ClientStatus, Shard, VolumeOrder};
 use crate::server::registry::VolumeEntry;
 
 /// A volume that closes has this long.
@@ -98,11 +96,6 @@ impl Turn<'_> {
             failed = failed.or(ended.err());
         }
         failed
-    }
-
-    /// Clients attached to a volume itself.
-    pub(super) fn origin_clients(&mut self, volume: VolumeId) -> Result<u64, Refused> {
-        self.count_clients(|client| client.volume == volume && client.view == View::Origin)
     }
 
     pub(super) fn count_clients(

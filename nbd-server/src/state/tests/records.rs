@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::state::attached::{AttachedStore, Finding, Offered};
+use crate::state::record::StorePath;
 use crate::state::seal::{self, SealError};
 
 fn store(name: &str, mark: Mark) -> AttachedStore {
     AttachedStore {
         snapshot: name.into(),
         cow: format!("/cows/{name}").into(),
+        of: None,
         bytes: None,
         taken_at: None,
         delete_cow: false,
@@ -29,6 +31,7 @@ fn a_disk_is_not_written_without_its_stores_nor_with_strange_ones() {
     };
     let offer = |cow, is_old, adopted| Offered {
         cow: Path::new(cow),
+        of: None,
         is_old,
         adopted,
     };
@@ -54,6 +57,43 @@ fn a_disk_is_not_written_without_its_stores_nor_with_strange_ones() {
     for fine in [offer("/cows/s", true, true), offer("/cows/s", false, false)] {
         assert_eq!(list.judge(&[a, m, fine], &[]), []);
     }
+}
+
+#[test]
+fn a_store_of_a_snapshot_is_served_upon_that_and_not_left_out_under_it() {
+    let of_a = |name: &str, mark| AttachedStore {
+        of: Some(StorePath("/cows/a".into())),
+        ..store(name, mark)
+    };
+    let list = Attached {
+        stores: vec![store("a", Mark::Attached), of_a("b", Mark::Attached)],
+    };
+    let offer = |cow, of: Option<&'static str>| Offered {
+        cow: Path::new(cow),
+        of: of.map(Path::new),
+        is_old: true,
+        adopted: false,
+    };
+    let (a, b) = (offer("/cows/a", None), offer("/cows/b", Some("/cows/a")));
+    assert_eq!(list.judge(&[a, b], &[]), []);
+    let misplaced = [Finding::OtherOrigin(of_a("b", Mark::Attached))];
+    assert_eq!(list.judge(&[a, offer("/cows/b", None)], &[]), misplaced);
+    // Where nobody writes the disk, what is of it may stay away; of a snapshot, not.
+    let missing = [Finding::Missing(of_a("b", Mark::Attached))];
+    assert_eq!(list.judge_shared(&[a], &[]), missing);
+    assert_eq!(list.judge_shared(&[a], &["/cows/b".into()]), []);
+    assert_eq!(list.judge_shared(&[], &[]), []);
+}
+
+#[test]
+fn the_list_says_what_each_store_is_of() {
+    let snapshots = ["a", "a@b", "a@b@c", "d"].map(|name| snapshot(name, &format!("/{name}")));
+    let state = state(&snapshots, &[]);
+    let lists = state.lists();
+    let stores = &lists[Path::new("/disks/a")].stores;
+    let of: Vec<_> = stores.iter().map(AttachedStore::is_of).collect();
+    let [a, b] = ["/a", "/a@b"].map(|path| Some(Path::new(path)));
+    assert_eq!(of, [None, a, b, None]);
 }
 
 #[test]

@@ -249,12 +249,11 @@ impl Open {
                 sum.add(piece);
             } else {
                 for small in piece.chunks_mut(SMALL as usize) {
-                    match self.read(at, small) {
-                        Ok(()) => sum.add(small),
-                        Err(_) => {
-                            unreadable += 1;
-                            sum.add(&at.to_le_bytes());
-                        }
+                    if self.read(at, small).is_ok() {
+                        sum.add(small);
+                    } else {
+                        unreadable += 1;
+                        sum.add(&at.to_le_bytes());
                     }
                     at += small.len() as u64;
                 }

@@ -142,10 +142,10 @@ impl Turn<'_> {
         if major == MAJOR {
             let id = DeviceId(minor);
             let is_there = self.mapped(move |mapped| mapped.mapper().info(id).is_ok())?;
-            return match is_there {
-                true => Ok(Lower::Device(id)),
-                false => Err(refused(libc::ENODEV, "there is no such mapped device")),
-            };
+            if !is_there {
+                return Err(refused(libc::ENODEV, "there is no such mapped device"));
+            }
+            return Ok(Lower::Device(id));
         }
         let known = self.dm.disks.iter();
         let mut known = known.filter(|(_, disk)| disk.numbers == Some((major, minor)));
@@ -181,9 +181,10 @@ impl Turn<'_> {
         let role = self.taken.check_free(&meta, path);
         role.map_err(|refusal| refused(libc::EBUSY, refusal.to_string()))?;
         let open = disks::existing(path, Opening::Write).map_err(|refusal| {
-            let errno = match refusal.is_busy() {
-                true => libc::EBUSY,
-                false => libc::ENODEV,
+            let errno = if refusal.is_busy() {
+                libc::EBUSY
+            } else {
+                libc::ENODEV
             };
             refused(errno, refusal.to_string())
         })?;

@@ -12,10 +12,11 @@ mod stores;
 mod views;
 mod words;
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use nbdsnap_engine::dm::{DeviceId, DeviceInfo, Errno, Lower, Need, NewLine, OrderId};
+use nbdsnap_engine::dm::{DeviceId, DeviceInfo, Errno, Lower, Need, NewLine, OrderId, TableLine};
 
 use super::refusal::Refused;
 use super::turn::Turn;
@@ -74,6 +75,9 @@ fn refused(errno: i32, why: impl Into<String>) -> Failed {
 }
 
 type Done<T> = Result<T, Failed>;
+
+/// Puts the lines of a table into words, given what a device is called.
+type Words = fn(&[TableLine], &dyn Fn(Lower) -> String) -> Vec<TextLine>;
 
 impl Turn<'_> {
     pub(super) fn dm(&mut self, order: DmOrder) -> Result<Answer, Refused> {
@@ -196,18 +200,23 @@ impl Turn<'_> {
         order: OrderId,
         ended: &Receiver<Result<(), nbdsnap_engine::dm::Refused>>,
     ) -> Done<()> {
-        loop {
-            let until = Instant::now() + PATIENCE;
-            match self.wait(MAPPED_SHARD, ended, Some(until)) {
-                Ok(end) => return Ok(end?),
-                Err(Refused::TooSlow) if !self.is_stopping() => {}
-                Err(Refused::TooSlow) => {
-                    self.mapped(move |mapped| mapped.forget(order))?;
-                    return Err(Refused::Stopping.into());
+        let (shards, claims) = (Arc::clone(&self.shards), self.claims());
+        // Without the books: it may be long, and others are to go on.
+        let end = self.aside(|_| {
+            loop {
+                match ended.recv_timeout(PATIENCE) {
+                    Ok(end) => return Some(end),
+                    Err(RecvTimeoutError::Timeout)
+                        if !claims.is_closed() && !shards[MAPPED_SHARD].has_ended() => {}
+                    Err(_) => return None,
                 }
-                Err(other) => return Err(other.into()),
             }
-        }
+        });
+        let Some(end) = end else {
+            self.shards[MAPPED_SHARD].with_mapped(move |mapped| mapped.forget(order));
+            return Err(Refused::Stopping.into());
+        };
+        Ok(end?)
     }
 
     fn dm_device(&mut self, name: &DeviceName) -> Done<DeviceId> {
@@ -381,12 +390,7 @@ impl Turn<'_> {
         self.mapped(move |mapped| mapped.mapper().has_clients(id))
     }
 
-    fn dm_lines(
-        &mut self,
-        device: &DeviceName,
-        inactive: bool,
-        words: fn(&[nbdsnap_engine::dm::TableLine], &dyn Fn(Lower) -> String) -> Vec<TextLine>,
-    ) -> Done<DmAnswer> {
+    fn dm_lines(&mut self, device: &DeviceName, inactive: bool, words: Words) -> Done<DmAnswer> {
         let id = self.dm_device(device)?;
         let (info, lines) = self.mapped(move |mapped| {
             let mapper = mapped.mapper();

@@ -149,6 +149,7 @@ impl Turn<'_> {
         SnapshotReport {
             name: info.name.clone(),
             volume: self.name_of_mapped(seen, pair.origin),
+            of: self.name_of_mapped(seen, pair.origin),
             snapshot: info.name.clone(),
             state: match status {
                 Status::Active { .. } => SnapshotState::Active,
@@ -240,21 +241,23 @@ impl Turn<'_> {
     }
 
     fn create_on_mapped(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
-        let [SnapshotName { volume, .. }] = &create.snapshots[..] else {
+        let [wanted] = &create.snapshots[..] else {
             let why = "several snapshots at one instant: suspend the devices with 'nbdsnap dm suspend', take the snapshots one by one, and resume the devices";
             return Err(Refused::Mapped(why.into()));
         };
-        let name = create.snapshots[0].to_string();
-        if let Some(why) = crate::names::fault(&create.snapshots[0].snapshot) {
+        let name = wanted.to_string();
+        if let Some((bad, why)) = crate::names::path_fault(&wanted.snapshot) {
+            let name = bad.to_owned();
             return Err(Refused::Name { name, why });
         }
+        let (of, _) = name.rsplit_once('@').expect("it has two parts");
         let Some(cow) = create.cow.as_ref().filter(|path| path.is_absolute()) else {
             let why = format!(
                 "{name}: name the path of its store with --cow: a mapped device has no folder"
             );
             return Err(Refused::Mapped(why));
         };
-        let device = self.dm_device(&DeviceName::Name(volume.clone()))?;
+        let device = self.dm_device(&DeviceName::Name(of.to_owned()))?;
         let (origin, bytes) = self.mapped(move |mapped| {
             let mapper = mapped.mapper();
             let lines = mapper.table(device, false).unwrap_or_default();
@@ -331,9 +334,10 @@ impl Turn<'_> {
         }
         for report in reports.iter().filter(|_| remove.delete_cow) {
             let is_file = std::fs::metadata(&report.cow).is_ok_and(|meta| meta.is_file());
-            let deleted = match is_file {
-                true => std::fs::remove_file(&report.cow).map_err(|error| error.to_string()),
-                false => Err("it is no file".into()),
+            let deleted = if is_file {
+                std::fs::remove_file(&report.cow).map_err(|error| error.to_string())
+            } else {
+                Err("it is no file".into())
             };
             deleted.map_err(|why| {
                 Refused::Mapped(format!(
@@ -500,8 +504,13 @@ impl Turn<'_> {
         let kind = letters(snapshot.kind.into());
         line.len = snapshot.bytes / SECTOR_BYTES;
         line.target = "snapshot".into();
+        let origin = if snapshot.of.contains('@') {
+            format!("/dev/mapper/{}", snapshot.of)
+        } else {
+            disk
+        };
         line.params = format!(
-            "{disk} {} {kind} {}",
+            "{origin} {} {kind} {}",
             snapshot.cow.display(),
             snapshot.chunk_bytes / SECTOR_BYTES
         );

@@ -4,27 +4,41 @@
 //! - The disk's list has the store marked as merging, durably, before the first byte
 //!   of the disk changes (durability.md, rule 12): whoever comes after a crash, this
 //!   tool or a server, goes on with it.
-//! - The disk's other snapshots are served: they get their copies first (rule 12),
-//!   and one that is not there is a refusal (rule 7).
+//! - The disk's other snapshots are served, and theirs: they get their copies first
+//!   (rule 12), and one that is not there is a refusal (rule 7). One that others were
+//!   taken of is not merged.
+//! - A snapshot of a snapshot is merged into that; the disk stays as it is.
 //! - Each step is durable before the next: what is cut off at any moment is taken up
 //!   again by the same command.
 //!
 //! A merge that the kernel or LVM began is a store whose list is shorter; it is taken
 //! up like any other, once the operator says that it belongs to the disk (`adopt`).
+//!
+//! `drive.rs` has the engine come to the end of the merge, `disks.rs` does what it wants,
+//! `ahead.rs` has the store read before that.
 
-use std::collections::BTreeSet;
+mod ahead;
+mod disks;
+mod drive;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use nbdsnap_engine::{Device, Event, OnFull, SnapshotId, StoreKind, VolumeConfig};
+use nbdsnap_engine::{
+    Action, Device, DiskOp, OnFull, OpId, Outcome, SnapshotId, StoreKind, View, VolumeConfig,
+};
 
+use self::ahead::ReadAhead;
+use self::disks::Disks;
+use self::drive::{Outside, Stopped, drive};
 use super::open::disk_bytes;
 use super::{CowError, CowStore, Reading};
 use crate::disks::{
-    self, Known, Merging, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest,
+    Known, Merging, Opened, Plan, SnapshotRequest, Taken, Unrecorded, VolumeRequest, shown,
 };
 use crate::io::VolumeAccess;
-use crate::io::file::{Medium, perform};
 use crate::law;
+use crate::names;
 use crate::server::setup::{OpenDisk, OpenVolume};
 use crate::state::admission;
 use crate::state::attached::{Attached, Mark};
@@ -36,8 +50,13 @@ use crate::state::record::State;
 /// The name of the one volume there is.
 const VOLUME: &str = "disk";
 
-/// Copied in a step: nobody waits for it, and each step has three flushes.
-const STEP: u64 = 64 << 20;
+/// Copied in a step. Nobody waits for it; each step waits for two flushes, and the more
+/// there is in a step, the more of it lies together on the disk. What a crash cuts off
+/// is copied once more.
+const STEP: u64 = 512 << 20;
+
+/// On its way at a time: little enough for the processor's caches.
+const MEMORY: u64 = 2 << 20;
 
 /// In one read or write.
 const PIECE: u64 = 1 << 20;
@@ -64,12 +83,23 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
     CowStore::open(wanted.cow, Reading::Alone)?.insist_on_soundness(Some(origin_bytes))?;
     let mut keeper = Keeper::open(SystemFiles, None).map_err(records)?;
     let list = keeper.list(wanted.origin).map_err(records)?;
-    let name = name_of(wanted.cow, &list);
+    let mut called = names_in(&list);
+    let name = match called.remove(&settled(wanted.cow)) {
+        Some(name) => name,
+        None => unused_name(&called),
+    };
     let mut taken = Taken::default();
-    let plan = plan(&keeper, wanted, &list, &name, &mut taken)?;
+    let plan = plan(&keeper, wanted, &list, (&name, &called), &mut taken)?;
     let offered = plan.offered();
     for volume in &offered {
         admission::admit(&keeper, volume, wanted.without)?;
+        let mut stores = volume.stores.iter();
+        if let Some(other) = stores.find(|one| names::depends(&one.snapshot, &name)) {
+            return Err(CowError::Depended {
+                cow: wanted.cow.to_owned(),
+                other: other.cow.clone(),
+            });
+        }
     }
     let merging = admission::state_with(&keeper, offered.iter().map(Into::into).collect());
     let mut merged = merging.clone();
@@ -94,15 +124,34 @@ pub fn run(wanted: Wanted<'_>, progress: &mut dyn FnMut(u64)) -> Result<u64, Cow
     Ok(chunks)
 }
 
-/// A store that the list names keeps its name.
-fn name_of(cow: &Path, list: &Attached) -> String {
-    match list.find(&settled(cow)) {
-        Some(listed) => listed.snapshot.clone(),
-        None => (0..=list.stores.len())
-            .map(|n| format!("merge{n}"))
-            .find(|name| list.stores.iter().all(|one| one.snapshot != *name))
-            .expect("more names than stores"),
+/// What the stores of the list are called, by their paths: as the list says, but each
+/// by the name that what it is of has here, and no two alike. (The list of a disk that
+/// was shared names snapshots of several volumes.)
+fn names_in(list: &Attached) -> BTreeMap<PathBuf, String> {
+    let mut called = BTreeMap::<PathBuf, String>::new();
+    let mut taken = BTreeSet::new();
+    let mut stores: Vec<_> = list.stores.iter().collect();
+    stores.sort_by_key(|one| names::depth(&one.snapshot));
+    for store in stores {
+        let below = store.is_of().and_then(|of| called.get(of));
+        let mut name = match below {
+            Some(below) => names::path(Some(below), names::last(&store.snapshot)),
+            None => store.snapshot.clone(),
+        };
+        while !taken.insert(name.clone()) {
+            name.push('+');
+        }
+        called.insert(store.cow.clone(), name);
     }
+    called
+}
+
+/// A name for a store that the list does not have.
+fn unused_name(called: &BTreeMap<PathBuf, String>) -> String {
+    (0..=called.len())
+        .map(|n| format!("merge{n}"))
+        .find(|name| called.values().all(|one| one != name))
+        .expect("more names than stores")
 }
 
 /// The disk with the store that is merged, and with all others of its list.
@@ -110,7 +159,7 @@ fn plan(
     keeper: &Keeper<SystemFiles>,
     wanted: Wanted<'_>,
     list: &Attached,
-    name: &str,
+    (name, called): (&str, &BTreeMap<PathBuf, String>),
     taken: &mut Taken,
 ) -> Result<Plan, CowError> {
     let ours = settled(wanted.cow);
@@ -127,15 +176,7 @@ fn plan(
         .iter()
         .filter(|one| one.cow != ours && one.mark == Mark::Attached)
         .filter(|one| !given_up.contains(&one.cow));
-    // The list of a disk that was shared names snapshots of several volumes.
-    let mut names = BTreeSet::from([name.to_owned()]);
-    let siblings = siblings.map(|one| {
-        let mut name = one.snapshot.clone();
-        while !names.insert(name.clone()) {
-            name.push('+');
-        }
-        request(&name, &one.cow, false)
-    });
+    let siblings = siblings.map(|one| request(&called[&one.cow], &one.cow, false));
     let request = VolumeRequest {
         name: VOLUME.to_owned(),
         path: wanted.origin.to_owned(),
@@ -149,7 +190,7 @@ fn plan(
         let delete_cow = snapshot.known.merging.is_some_and(|merge| merge.delete_cow);
         snapshot.known.merging = (snapshot.name == name).then_some(Merging { delete_cow });
     }
-    Ok(disks::inspect(requests, taken)?)
+    Ok(crate::disks::inspect(requests, taken)?)
 }
 
 fn request(name: &str, cow: &Path, adopt: bool) -> SnapshotRequest {
@@ -178,80 +219,104 @@ fn merge(
     let OpenVolume {
         disk, snapshots, ..
     } = volume;
-    let mut engine = law::new_volume(VolumeConfig {
+    let mut engine = law::new_tree(VolumeConfig {
         origin_bytes: disk.bytes,
-        copy_memory: STEP,
+        copy_memory: MEMORY,
         copy_piece: PIECE,
     });
     engine.set_merge_step(STEP);
     let mut stores: Vec<(SnapshotId, OpenDisk)> = Vec::new();
-    let mut chunk_bytes = 0;
+    let mut views = BTreeMap::new();
+    let mut merging = None;
+    let mut snapshots = snapshots;
+    snapshots.sort_by_key(|one| names::depth(&one.name));
     for snapshot in snapshots {
+        let of = names::origin(&snapshot.name).map_or(View::Origin, |of| views[of]);
         let id = if snapshot.name == name {
-            chunk_bytes = snapshot.store.chunk_size().bytes();
-            engine.attach_merging(snapshot.store)
+            let (size, count) = (
+                snapshot.store.chunk_size(),
+                snapshot.store.exception_count(),
+            );
+            let id = engine.attach_merging(of, snapshot.store);
+            merging = Some((id, ReadAhead::new(size, STEP, count)));
+            id
         } else {
-            let id = engine.attach_snapshot(snapshot.store);
+            let id = engine.attach_snapshot(of, snapshot.store);
             // One that is full stops the merge, rather than be lost for it.
             engine.set_on_full(id, OnFull::Pause);
             id
         };
+        views.insert(snapshot.name, View::Snapshot(id));
         stores.push((id, snapshot.disk));
     }
-    let total = engine
-        .merge_progress()
-        .map_or(0, |progress| progress.total_chunks);
-    loop {
-        while let Some(op) = engine.poll_disk_op() {
-            let (file, medium) = match op.device {
-                Device::Origin if disk.is_block_device => (&disk, Medium::OriginBlockDevice),
-                Device::Origin => (&disk, Medium::OriginFile),
-                Device::Cow(id) => {
-                    let store = stores.iter().find(|(known, _)| *known == id);
-                    (&store.expect("a store that was attached").1, Medium::Store)
-                }
-            };
-            let outcome = perform(&file.file, medium, &op.action);
-            engine.handle_completion(op.id, outcome);
-            if let Some(at) = engine.merge_progress() {
-                progress((total - at.left_chunks) * chunk_bytes);
+    let mut around = Around {
+        disks: Disks::new(disk, stores),
+        merging: merging.expect("the disk is opened with the store that is merged"),
+        written: 0,
+        keeper,
+        progress,
+    };
+    let (merged, _) = around.merging;
+    drive(&mut engine, merged, &mut around).map_err(|why| stopped(&around.disks.origin, why))
+}
+
+/// What a merge has around it: the disks, and the disk's list.
+struct Around<'a> {
+    disks: Disks,
+    /// The snapshot that is merged.
+    merging: (SnapshotId, ReadAhead),
+    /// Bytes that were written to what it is merged into, and copied before that.
+    written: u64,
+    keeper: &'a mut Keeper<SystemFiles>,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl Outside for Around<'_> {
+    fn left(&mut self, chunks: u64) {
+        let (id, ahead) = &mut self.merging;
+        ahead.left(self.disks.store(*id), chunks);
+    }
+
+    fn perform(&mut self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome)) {
+        for op in &ops {
+            if let Action::Write { data, .. } = &op.action
+                && op.device != Device::Cow(self.merging.0)
+            {
+                self.written += data.iter().map(|piece| piece.len() as u64).sum::<u64>();
             }
         }
-        match engine.poll_event() {
-            Some(Event::Merged(_)) => return Ok(total),
-            Some(Event::MergeFailed(_, why)) => return Err(stopped(&disk, why)),
-            Some(Event::Invalid(id, why) | Event::Unmarked(id, why)) => {
-                let store = stores.iter().find(|(known, _)| *known == id);
-                let path = store.map_or(&disk.path, |(_, disk)| &disk.path);
-                tracing::error!("{}: the snapshot is lost: {why}", disks::shown(path));
-            }
-            Some(Event::MarkLost(id, _)) => {
-                let store = stores.iter().find(|(known, _)| *known == id);
-                let cow = store.map_or(&disk.path, |(_, disk)| &disk.path);
-                let marked = keeper.mark_lost(&settled(&disk.path), &settled(cow));
-                if let Err(error) = &marked {
-                    tracing::error!("the loss of a snapshot is not marked: {error}");
-                }
-                engine.marked_lost(id, marked.unwrap_or(false));
-            }
-            Some(_) => {}
-            None => {
-                return Err(stopped(
-                    &disk,
-                    "the store of another snapshot of the disk is full, and that snapshot would be lost: extend it, or give it up with --without",
-                ));
-            }
+        self.disks.perform(ops, ended);
+        (self.progress)(self.written);
+    }
+
+    fn mark_lost(&mut self, id: SnapshotId) -> bool {
+        let (disk, cow) = (&self.disks.origin.path, &self.disks.store(id).path);
+        let marked = self.keeper.mark_lost(&settled(disk), &settled(cow));
+        if let Err(error) = &marked {
+            tracing::error!("the loss of a snapshot is not marked: {error}");
         }
+        marked.unwrap_or(false)
+    }
+
+    fn lost(&mut self, id: SnapshotId, why: &'static str) {
+        let path = &self.disks.store(id).path;
+        tracing::error!("{}: the snapshot is lost: {why}", shown(path));
     }
 }
 
 /// A merge that has stopped halfway: it can be gone on with.
-fn stopped(disk: &OpenDisk, why: &str) -> CowError {
+fn stopped(disk: &OpenDisk, why: Stopped) -> CowError {
+    let why = match why {
+        Stopped::Failed(why) => why,
+        Stopped::NoRoom => {
+            "the store of another snapshot of the disk is full, and that snapshot would be lost: extend it, or give it up with --without"
+        }
+    };
     CowError::Program {
         program: "merge",
         error: format!(
             "{}: is a mixture of two times, and not to be used until the merge has gone on: {why}; then run the same command again",
-            disks::shown(&disk.path)
+            shown(&disk.path)
         ),
     }
 }

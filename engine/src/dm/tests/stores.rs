@@ -1,0 +1,196 @@
+//! What becomes of exceptions: stores that change hands, are merged, or are full.
+
+use super::super::*;
+use super::rig::*;
+use nbdsnap_format::ChunkSize;
+
+use crate::request::{Command, Failure};
+use crate::store::{Store, StoreKind, StoreSize, StoreSpec};
+
+#[test]
+fn a_store_changes_hands_as_the_kernel_has_it() {
+    let mut rig = Rig::new(4);
+    let (disk, cow) = (rig.disk(32), rig.empty_disk(200));
+    let snapshot = || vec![line(0, 32, Target::Snapshot(pair(disk, cow, 2)))];
+    let (first, view) = rig.device("first", snapshot());
+    rig.write(disk, 4, 2, 90);
+    assert_eq!(rig.status(first), "6/200 4");
+    let second = rig.create("second");
+    rig.load(second, snapshot()).unwrap();
+    // A third one is too many.
+    let third = rig.create("third");
+    let refused = rig.load(third, snapshot()).unwrap_err();
+    assert_eq!(
+        refused.why,
+        "Snapshot cow pairing for exception table handover failed"
+    );
+    let refused = rig.resume(second).unwrap_err();
+    assert_eq!(
+        refused.why,
+        "Unable to perform snapshot handover until source is suspended."
+    );
+    rig.suspend(first);
+    // It was refused with its table in place, and stands still.
+    rig.resume(second).unwrap();
+    assert_eq!(rig.status(second), "6/200 4");
+    assert_eq!(rig.status(first), "Invalid");
+    rig.resume(first).unwrap();
+    let read = Command::Read {
+        offset: 0,
+        len: 512,
+    };
+    assert_eq!(rig.ask(view, read), Err(Failure::Io));
+    let content = rig.read(Lower::Device(second));
+    assert_eq!(sectors(&content)[4..6], [4, 5]);
+    rig.remove(first).unwrap();
+    rig.write(disk, 10, 1, 91);
+    assert_eq!(sectors(&rig.read(Lower::Device(second)))[10], 10);
+    // One whose source goes before it could take over is lost.
+    rig.load(third, snapshot()).unwrap();
+    rig.remove(second).unwrap();
+    rig.resume(third).unwrap();
+    assert_eq!(rig.status(third), "Invalid");
+    rig.remove(third).unwrap();
+    // The store itself is what it was.
+    let (again, _) = rig.device("again", snapshot());
+    assert_eq!(rig.status(again), "8/200 4");
+}
+
+#[test]
+fn a_merge_is_begun_stopped_resumed_and_done() {
+    let mut rig = Rig::new(5);
+    let (disk, cow, other) = (rig.disk(64), rig.empty_disk(400), rig.empty_disk(400));
+    let (_, real) = rig.device("real", vec![line(0, 64, linear(disk, 0))]);
+    let origin = || Target::SnapshotOrigin { origin: real };
+    let (base, top) = rig.device("base", vec![line(0, 64, origin())]);
+    let (snap, view) = rig.device(
+        "snap",
+        vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))],
+    );
+    let second = Target::Snapshot(pair(real, other, 4));
+    let (sibling, beside) = rig.device("sibling", vec![line(0, 64, second)]);
+    let before = rig.read(top);
+    for sector in (0..64).step_by(3) {
+        rig.write(top, sector, 1, 150);
+    }
+    rig.write(view, 8, 4, 160);
+    let wanted = rig.read(view);
+    // dmsetup's way: the snapshot stands still, the mounted device gets the merge.
+    rig.suspend(base);
+    rig.suspend(snap);
+    let merge = vec![line(0, 64, Target::SnapshotMerge(pair(real, cow, 2)))];
+    rig.load(base, merge.clone()).unwrap();
+    let order = rig.mapper.resume(base, false).unwrap();
+    for _ in 0..10 {
+        rig.step();
+    }
+    // Everybody sees the instant from the first moment on, by whatever way.
+    let id = rig.hand_in(
+        top,
+        Command::Read {
+            offset: 0,
+            len: 64 * SECTOR,
+        },
+    );
+    let around = rig.hand_in(
+        disk,
+        Command::Read {
+            offset: 0,
+            len: 64 * SECTOR,
+        },
+    );
+    rig.end(order).unwrap();
+    assert_eq!(rig.replies.remove(&id), Some(Ok(wanted.clone())));
+    assert_eq!(rig.replies.remove(&around), Some(Ok(wanted.clone())));
+    assert!(rig.events.contains(&MapperEvent::Merged(base)));
+    assert_eq!(rig.status(base), "4/400 4");
+    assert_eq!(rig.bytes(disk).clone(), wanted);
+    assert_eq!(rig.read(beside), before);
+    rig.remove(snap).unwrap();
+    rig.load(base, vec![line(0, 64, origin())]).unwrap();
+    rig.resume(base).unwrap();
+    rig.write(top, 0, 8, 33);
+    assert_eq!(rig.read(beside), before);
+    // One that is given up in the middle leaves both as they are, and can be taken up.
+    let (snap, view) = rig.device(
+        "snap",
+        vec![line(0, 64, Target::Snapshot(pair(real, cow, 2)))],
+    );
+    let wanted = rig.read(view);
+    rig.write(top, 0, 64, 44);
+    rig.suspend(snap);
+    rig.load(base, merge.clone()).unwrap();
+    let order = rig.mapper.resume(base, false).unwrap();
+    while !rig.events.contains(&MapperEvent::MergeBegun(base)) || !rig.done.contains_key(&order) {
+        assert!(rig.step());
+    }
+    rig.suspend(base);
+    rig.load(base, vec![line(0, 64, origin())]).unwrap();
+    rig.resume(base).unwrap();
+    rig.remove(snap).unwrap();
+    assert_eq!(rig.read(beside), before);
+    rig.load(base, merge).unwrap();
+    rig.resume(base).unwrap();
+    rig.run();
+    assert_eq!(rig.read(top), wanted);
+    assert_eq!(rig.bytes(disk).clone(), wanted);
+    assert_eq!(rig.read(beside), before);
+    rig.remove(sibling).unwrap();
+}
+
+#[test]
+fn full_stores_mean_what_they_mean_to_the_kernel() {
+    for (persistence, status) in [
+        (Persistence::Persistent, "Invalid"),
+        (Persistence::PersistentOverflow, "Overflow"),
+    ] {
+        let mut rig = Rig::new(8);
+        let (disk, cow) = (rig.disk(32), rig.empty_disk(8));
+        let kind = Pair {
+            persistence,
+            ..pair(disk, cow, 1)
+        };
+        let target = Target::Snapshot(kind);
+        let id = rig.create("snapshot");
+        let lines = vec![line(0, 32, target)];
+        let needs = rig.mapper.examine(id, &lines).unwrap();
+        let Some(Need::Store { cow_bytes, .. }) = needs[0] else {
+            unreachable!("it needs one");
+        };
+        let size = StoreSize {
+            ready: cow_bytes,
+            limit: cow_bytes,
+            step: 0,
+        };
+        let spec = StoreSpec {
+            kind: match persistence {
+                Persistence::PersistentOverflow => StoreKind::PersistentOverflow,
+                _ => StoreKind::Persistent,
+            },
+            chunk_size: ChunkSize::from_sectors(1).unwrap(),
+            size,
+        };
+        let store = Store::create(spec, &mut Cow { rig: &mut rig, cow }).unwrap();
+        let line = lines.into_iter().next().unwrap();
+        let new = vec![NewLine {
+            line,
+            store: Some(store),
+        }];
+        rig.mapper.load(id, false, new).unwrap();
+        rig.resume(id).unwrap();
+        let waiting = rig.mapper.wait(id, 0).unwrap();
+        let events = u32::from(status == "Invalid");
+        let view = Lower::Device(id);
+        let written = (0..8).map(|sector| rig.ask(view, write(sector, 1, 9)));
+        let written: Vec<_> = written.collect();
+        assert_eq!(written[0], Ok(Vec::new()));
+        assert_eq!(written[7], Err(Failure::Io));
+        assert_eq!(rig.status(id), status);
+        assert_eq!(rig.done.contains_key(&waiting), events == 1);
+        assert_eq!(rig.mapper.info(id).unwrap().event_nr, events);
+        // The origin goes on in any case, and then there is nothing left to read.
+        rig.write(disk, 20, 4, 9);
+        assert_eq!(rig.status(id), "Invalid");
+        assert_eq!(rig.done.remove(&waiting), Some(Ok(())));
+    }
+}
