@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nbdsnap_tests::harness::files::folder;
 use nbdsnap_tests::harness::program::program;
@@ -24,6 +24,9 @@ use super::{PLAYER, SUITE};
 
 /// Steps of a normal run.
 const STEPS: usize = 250;
+
+/// No step takes nbdsnap so long: it waits for something that is suspended.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a side answered to the probes, then to the steps: in common words.
 fn translated(outcomes: &[Outcome], probes: usize) -> Vec<Outcome> {
@@ -81,7 +84,19 @@ pub(super) fn on_nbdsnap(
     };
     side.program.insert(0, program().display().to_string());
     let began = Instant::now();
-    let outcomes: Vec<Outcome> = steps.iter().map(|step| side.play(step)).collect();
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    for (n, step) in steps.iter().enumerate() {
+        let began = Instant::now();
+        outcomes.push(side.play(step));
+        if began.elapsed() > PATIENCE {
+            let before: Vec<String> = steps[..n].iter().map(ToString::to_string).collect();
+            let before = before.join("\n");
+            panic!(
+                "after\n{before}\nnbdsnap takes {PATIENCE:?} for {step}: {}",
+                outcomes[n]
+            );
+        }
+    }
     println!("nbdsnap: {} steps in {:.0?}", steps.len(), began.elapsed());
     (translated(&outcomes, probes), server)
 }
@@ -128,9 +143,9 @@ fn both(machine: &Machine, seed: u64, steps: usize) {
     let sequence = sequence(seed, steps);
     let (here, there) = (folder(), folder());
     let [ours, theirs] = [&here, &there].map(|folder| make_disks(folder.path(), seed));
+    let (answers, server) = on_nbdsnap(here.path(), &ours, &sequence.steps);
     let kernel = on_the_kernel(machine, &theirs, &sequence.steps);
     agrees_with_the_model(&sequence, &kernel);
-    let (answers, server) = on_nbdsnap(here.path(), &ours, &sequence.steps);
     let told = difference(&sequence.steps, &kernel, &answers, ["dmsetup", "nbdsnap"]);
     if let Some(told) = told {
         let disks = ranges(&theirs, &ours);

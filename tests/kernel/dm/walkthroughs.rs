@@ -25,7 +25,7 @@ fn text(name: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Writes to the snapshot, and to the volume: every other chunk, from the end to the
+/// Writes to the snapshot, and to the volume: scattered chunks, from the end to the
 /// beginning, so that no two of them are merged in one step.
 fn scattered() -> Vec<Step> {
     let mut random = Random::new(1);
@@ -35,8 +35,8 @@ fn scattered() -> Vec<Step> {
         len: 4096,
         fill,
     };
-    let snapshot = (0..CHUNKS / 2).rev().map(|n| ("vol-snap", 2 * n));
-    let volume = (0..CHUNKS / 16).rev().map(|n| ("vol", 16 * n + 1));
+    let snapshot = (0..CHUNKS / 8).rev().map(|n| ("vol-snap", 8 * n));
+    let volume = (0..CHUNKS / 32).rev().map(|n| ("vol", 32 * n + 1));
     let all = snapshot.chain(volume);
     all.map(|(device, chunk)| write(device, chunk, random.bits()))
         .collect()
@@ -82,6 +82,11 @@ fn the_walkthroughs_run_with_nbdsnap_in_dmsetups_place() {
         sparse_file(&disk, 330 * MIB); // XFS takes 300 MiB at least
         vm.disk(&disk);
     }
+    // Where the old chunks of the volume go that is rolled back: slow, so that it is
+    // seen while it is rolled back.
+    let slow = folder.path().join("slow");
+    sparse_file(&slow, 32 * MIB);
+    vm.disk(&slow).slow(100);
     let writes = scattered();
     let lines: Vec<String> = writes.iter().map(Step::to_line).collect();
     vm.program(&nbdsnap())

@@ -108,7 +108,7 @@ END_OF_SCATTER
 dd if=/dev/mapper/vol bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1 >/tmp/rolled.sum
 END_OF_ROLLED
     chmod +x /tmp/before /tmp/scatter /tmp/rolled
-    BEFORE=/tmp/before AFTER=/tmp/scatter ROLLED=/tmp/rolled roll_back vol /dev/vda 200000 16384 /dev/vdb 8192 32768 >/tmp/told || die "roll_back: $(cat /tmp/told)"
+    BEFORE=/tmp/before AFTER=/tmp/scatter ROLLED=/tmp/rolled roll_back vol /dev/vda 200000 16384 /dev/vdd 8192 32768 >/tmp/told || die "roll_back: $(cat /tmp/told)"
     [ $(cat /tmp/written) = $1 ] || die "roll_back: $(cat /tmp/written) writes, not $1"
     [ $(cat /tmp/wanted) = $(cat /tmp/rolled.sum) ] || die roll_back: not rolled back at once
     [ $(cat /tmp/wanted) = $(content) ] || die roll_back: not rolled back at the end
