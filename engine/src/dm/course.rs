@@ -501,7 +501,6 @@ impl Mapper {
             volume,
             origin,
             order,
-            bases,
             is_touched: false,
             is_runnable: false,
             leaving: Vec::new(),

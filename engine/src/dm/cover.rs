@@ -2,6 +2,8 @@
 //! lie on, and each volume's origin is noted there in runs; a request that comes to a
 //! base is cut by them.
 
+use std::collections::BTreeMap;
+
 use nbdsnap_format::SECTOR_BYTES;
 
 use super::device::{Step, Way};
@@ -104,11 +106,52 @@ impl Mapper {
         parts
     }
 
-    /// The volume that a flush of the base goes to first.
-    pub(super) fn top_of(&self, base: Base, limit: u32) -> Option<LevelKey> {
-        let covers = self.covers.get(&base)?;
-        let below = covers.iter().filter(|cover| cover.order < limit);
-        below.max_by_key(|cover| cover.order).map(|c| c.level)
+    /// The volumes that a flush of ranges of a base goes to: of those below `limit` that
+    /// cover some of them, the ones that no other of these covers. What they flush
+    /// comes to the others. Looked at by ranges, and not for the whole base, since a
+    /// volume whose stores lie beside its origin would wait for itself.
+    pub(super) fn flushers(&self, base: Base, limit: u32, ranges: &[(u64, u64)]) -> Vec<LevelKey> {
+        let covers = self.covers.get(&base).into_iter().flatten();
+        let mut asked: Vec<Cover> = covers
+            .filter(|cover| cover.order < limit)
+            .filter(|cover| {
+                let run = &cover.run;
+                ranges
+                    .iter()
+                    .any(|&(start, end)| start < run.end() && run.start < end)
+            })
+            .copied()
+            .collect();
+        asked.sort_by_key(|cover| std::cmp::Reverse(cover.order));
+        let mut tops: Vec<Cover> = Vec::new();
+        for cover in asked {
+            let over = |top: &Cover| {
+                top.order > cover.order
+                    && top.run.start < cover.run.end()
+                    && cover.run.start < top.run.end()
+            };
+            if !tops.iter().any(over) {
+                tops.push(cover);
+            }
+        }
+        let mut levels: Vec<_> = tops.iter().map(|top| top.level).collect();
+        levels.sort_unstable();
+        levels.dedup();
+        levels
+    }
+
+    /// The ranges of bases that a device lies on, base by base.
+    pub(super) fn ranges(&self, lower: Lower) -> BTreeMap<Base, Vec<(u64, u64)>> {
+        let mut runs = Vec::new();
+        self.flatten(lower, 0, self.bytes_of(lower), 0, &mut runs);
+        let mut ranges = BTreeMap::<Base, Vec<_>>::new();
+        for run in runs {
+            ranges
+                .entry(run.base)
+                .or_default()
+                .push((run.start, run.end()));
+        }
+        ranges
     }
 
     /// Tables or volumes have changed: look again who covers what.
@@ -125,7 +168,6 @@ impl Mapper {
                 let cover = Cover { order, level, run };
                 self.covers.entry(run.base).or_default().push(cover);
             }
-            self.levels[key].bases = self.bases(origin);
         }
     }
 

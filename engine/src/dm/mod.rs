@@ -37,11 +37,13 @@
 //! - `table.rs`: tables, as values; `device.rs`: devices, their tables and courses;
 //! - `snap.rs`: the snapshots that tables name, and where their exceptions are;
 //! - `orders.rs`: what is ordered of devices; `course.rs`: what takes time of it;
-//! - `route.rs`: requests down, replies up; `cover.rs`: whose origin a range is;
+//! - `route.rs`: requests down, replies up; `cut.rs`: commands in parts; `cover.rs`: whose
+//!   origin a range is;
 //! - `info.rs`: what there is to tell.
 
 mod course;
 mod cover;
+mod cut;
 mod device;
 mod info;
 mod orders;
@@ -139,8 +141,6 @@ struct Level {
     origin: Lower,
     /// It asks those with smaller numbers that cover the same range.
     order: u32,
-    /// What its origin lies on.
-    bases: Vec<Base>,
     is_touched: bool,
     is_runnable: bool,
     /// Snapshots that are on their way out, with the devices of their stores.

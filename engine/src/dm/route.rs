@@ -4,6 +4,7 @@
 use bytes::Bytes;
 
 use super::cover::Part;
+use super::cut::{part, range};
 use super::device::{Course, Mapped, Step, Way};
 use super::snap::Snap;
 use super::{Base, DeviceId, Level, LevelKey, Lower, MappedOp, Mapper, Phase, Target};
@@ -156,21 +157,11 @@ impl Mapper {
     /// A request has come down to a base: to the volumes whose origin it lies in, of
     /// those below `limit`, or to the base itself.
     fn ask_base(&mut self, base: Base, limit: u32, command: Command, asker: Asker) {
-        let serial = match limit {
-            ALL => self.new_serial(),
-            _ => 0,
-        };
-        let asked = Asked {
-            asker,
-            serial,
-            fua: false,
-        };
         let Some((offset, len)) = range(&command) else {
-            return match self.top_of(base, limit) {
-                Some(level) => self.ask_level(level, View::Origin, command, asked),
-                None => self.ask_bottom(base, command, asked),
-            };
+            return self.ask_flush(base, limit, &[(0, u64::MAX)], asker);
         };
+        let asked = self.new_asked(limit, asker);
+        let serial = asked.serial;
         let parts = self.parts(base, limit, offset, offset + len);
         if let [one] = parts[..] {
             return self.ask_part(base, one, 0, &command, asked);
@@ -184,6 +175,39 @@ impl Mapper {
             from += match one {
                 Part::Bottom { len, .. } | Part::Level { len, .. } => len,
             };
+        }
+    }
+
+    fn new_asked(&mut self, limit: u32, asker: Asker) -> Asked {
+        let serial = match limit {
+            ALL => self.new_serial(),
+            _ => 0,
+        };
+        Asked {
+            asker,
+            serial,
+            fua: false,
+        }
+    }
+
+    /// Ranges of a base are to be durable: by the volumes whose origin they lie in, of
+    /// those below `limit`, which come down to the base in the end; else by the base.
+    fn ask_flush(&mut self, base: Base, limit: u32, ranges: &[(u64, u64)], asker: Asker) {
+        let asked = self.new_asked(limit, asker);
+        let levels = self.flushers(base, limit, ranges);
+        if levels.is_empty() {
+            return self.ask_bottom(base, Command::Flush, asked);
+        }
+        let parent = self.new_parent(asker, None, levels.len());
+        self.count(asked.serial, levels.len());
+        for (index, level) in levels.into_iter().enumerate() {
+            let asker = Asker::Part { parent, index };
+            self.ask_level(
+                level,
+                View::Origin,
+                Command::Flush,
+                Asked { asker, ..asked },
+            );
         }
     }
 
@@ -364,14 +388,11 @@ impl Mapper {
         let asker = Asker::Level { level: key, op: id };
         let command = request_for(action);
         let Some((offset, len)) = range(&command) else {
-            let bases = match device {
-                Which::Origin => self.levels[key].bases.clone(),
-                Which::Cow(_) => self.bases(lower),
-            };
-            let parent = self.new_parent(asker, None, bases.len());
-            for (index, base) in bases.into_iter().enumerate() {
+            let ranges = self.ranges(lower);
+            let parent = self.new_parent(asker, None, ranges.len());
+            for (index, (base, ranges)) in ranges.into_iter().enumerate() {
                 let asker = Asker::Part { parent, index };
-                self.ask_base(base, limit, Command::Flush, asker);
+                self.ask_flush(base, limit, &ranges, asker);
             }
             return;
         };
@@ -556,41 +577,4 @@ fn flushes(lines: &[Mapped]) -> Vec<Step> {
         len: 0,
     };
     ways.into_iter().map(step).collect()
-}
-
-/// The range of a command; a flush has none.
-fn range(command: &Command) -> Option<(u64, u64)> {
-    match command {
-        Command::Read { offset, len }
-        | Command::WriteZeroes { offset, len, .. }
-        | Command::Trim { offset, len, .. } => Some((*offset, *len)),
-        Command::Write { offset, data, .. } => Some((*offset, data.len() as u64)),
-        Command::Flush => None,
-    }
-}
-
-/// The part of a command that begins `from` bytes in, for `len` bytes at `offset`.
-fn part(command: &Command, from: u64, offset: u64, len: u64) -> Command {
-    match *command {
-        Command::Read { .. } => Command::Read { offset, len },
-        Command::Write { ref data, fua, .. } => Command::Write {
-            offset,
-            data: data.slice(from as usize..(from + len) as usize),
-            fua,
-        },
-        Command::WriteZeroes {
-            fua,
-            no_hole,
-            fast_only,
-            ..
-        } => Command::WriteZeroes {
-            offset,
-            len,
-            fua,
-            no_hole,
-            fast_only,
-        },
-        Command::Trim { fua, .. } => Command::Trim { offset, len, fua },
-        Command::Flush => Command::Flush,
-    }
 }

@@ -23,7 +23,7 @@ use nbdsnap_tests::kernel::vm::Vm;
 use super::{PLAYER, SUITE};
 
 /// Steps of a normal run.
-const STEPS: usize = 250;
+const STEPS: usize = 160;
 
 /// No step takes nbdsnap so long: it waits for something that is suspended.
 const PATIENCE: Duration = Duration::from_secs(30);

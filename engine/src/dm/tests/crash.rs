@@ -247,7 +247,19 @@ fn plan(rng: &mut Rng) -> Plan {
     };
     let mut plan = vec![("real".to_owned(), real)];
     for n in 0..4 {
-        let cow = vec![line(0, 200, linear(disk(2), 200 * n))];
+        // Beside the origin, or on a disk of their own, or dealt out over both.
+        let cow = vec![match rng.below(3) {
+            0 => line(0, 200, linear(disk(2), 200 * n)),
+            1 => line(0, 200, linear(disk(n as u32 % 2), 64 + 200 * n)),
+            _ => line(
+                0,
+                200,
+                Target::Striped {
+                    chunk: 4,
+                    stripes: vec![(disk(0), 64 + 200 * n), (disk(2), 200 * n)],
+                },
+            ),
+        }];
         plan.push((format!("cow{n}"), cow));
     }
     plan
@@ -259,12 +271,11 @@ fn run(seed: u64) -> u64 {
     let mut rng = Rng::new(seed);
     let mut plan = plan(&mut rng);
     let mut disks = BTreeMap::new();
-    for (n, sectors) in [(0, 64), (1, 64), (2, 800)] {
-        let content = (0..sectors).flat_map(|_| [n as u8 + 1; SECTOR as usize]);
-        let content = match n {
-            2 => vec![0; (sectors * SECTOR) as usize],
-            _ => content.collect(),
-        };
+    for n in 0..3 {
+        // The origin's part, and room for stores behind it.
+        let origin = if n < 2 { 64 * SECTOR } else { 0 };
+        let mut content = vec![n as u8 + 1; origin as usize];
+        content.resize((origin + 800 * SECTOR) as usize, 0);
         disks.insert(DiskId(n), SimDisk::new(content));
     }
     let mut rig = Rig::boot(disks, rng);

@@ -194,3 +194,50 @@ fn full_stores_mean_what_they_mean_to_the_kernel() {
         assert_eq!(rig.done.remove(&waiting), Some(Ok(())));
     }
 }
+
+#[test]
+fn a_merge_beside_a_snapshot_that_has_snapshots_comes_to_its_end() {
+    for seed in 1..40 {
+        let mut rig = Rig::new(seed);
+        // The stores lie beside the origin: what flushes one may flush the other.
+        let disk = rig.disk(64 + 3 * 400);
+        rig.bytes(disk)[64 * SECTOR as usize..].fill(0);
+        let (_, real) = rig.device("real", vec![line(0, 64, linear(disk, 0))]);
+        let mut cow = |n: u64| {
+            let lines = vec![line(0, 400, linear(disk, 64 + 400 * n))];
+            rig.device(&format!("cow{n}"), lines).1
+        };
+        let (cow1, cow2, cow3) = (cow(0), cow(1), cow(2));
+        let origin = Target::SnapshotOrigin { origin: real };
+        let (base, top) = rig.device("base", vec![line(0, 64, origin)]);
+        let (_, sibling) = rig.device(
+            "sibling",
+            vec![line(0, 64, Target::Snapshot(pair(real, cow1, 1)))],
+        );
+        let (_, nested) = rig.device(
+            "nested",
+            vec![line(0, 64, Target::Snapshot(pair(sibling, cow2, 8)))],
+        );
+        let (snap, view) = rig.device(
+            "snap",
+            vec![line(0, 64, Target::Snapshot(pair(real, cow3, 4)))],
+        );
+        for _ in 0..30 {
+            let to = [top, sibling, nested, view][rig.dice.below(4) as usize];
+            let (sector, byte) = (rig.dice.below(60), rig.dice.below(200) as u8);
+            rig.write(to, sector, 3, byte);
+        }
+        let wanted = rig.read(view);
+        let others = [rig.read(sibling), rig.read(nested)];
+        rig.suspend(base);
+        rig.suspend(snap);
+        let merge = Target::SnapshotMerge(pair(real, cow3, 4));
+        rig.load(base, vec![line(0, 64, merge)]).unwrap();
+        rig.resume(base).unwrap();
+        assert_eq!(rig.read(top), wanted);
+        rig.run();
+        let merged = rig.bytes(disk)[..64 * SECTOR as usize].to_vec();
+        assert_eq!(merged, wanted, "seed {seed}");
+        assert_eq!([rig.read(sibling), rig.read(nested)], others);
+    }
+}

@@ -501,7 +501,7 @@ mod tests {
             "clear",
         ];
         for word in words {
-            assert!(count(word) > 3, "{word}: {}", count(word));
+            assert!(count(word) >= 3, "{word}: {}", count(word));
         }
         let refused = one.expected.iter().filter(|e| **e == Some(false)).count();
         assert!((100..1500).contains(&refused), "{refused} refusals");
