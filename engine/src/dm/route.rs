@@ -101,7 +101,7 @@ impl Mapper {
 
     fn ask_lower(&mut self, lower: Lower, command: Command, asker: Asker) {
         match lower {
-            Lower::Disk(id) => self.ask_base(Base::Disk(id), ALL, command, asker),
+            Lower::Disk(id) => self.ask_base(Base::Disk(id), ALL, &command, asker),
             Lower::Device(id) => self.ask_device(id, command, asker),
         }
     }
@@ -140,7 +140,7 @@ impl Mapper {
             let asker = Asker::Part { parent, index };
             match step.way {
                 Way::Lower(lower) => self.ask_lower(lower, command, asker),
-                Way::Base(base) => self.ask_base(base, ALL, command, asker),
+                Way::Base(base) => self.ask_base(base, ALL, &command, asker),
             }
         }
     }
@@ -156,22 +156,22 @@ impl Mapper {
 
     /// A request has come down to a base: to the volumes whose origin it lies in, of
     /// those below `limit`, or to the base itself.
-    fn ask_base(&mut self, base: Base, limit: u32, command: Command, asker: Asker) {
-        let Some((offset, len)) = range(&command) else {
+    fn ask_base(&mut self, base: Base, limit: u32, command: &Command, asker: Asker) {
+        let Some((offset, len)) = range(command) else {
             return self.ask_flush(base, limit, &[(0, u64::MAX)], asker);
         };
         let asked = self.new_asked(limit, asker);
         let serial = asked.serial;
         let parts = self.parts(base, limit, offset, offset + len);
         if let [one] = parts[..] {
-            return self.ask_part(base, one, 0, &command, asked);
+            return self.ask_part(base, one, 0, command, asked);
         }
         let parent = self.new_parent(asker, None, parts.len());
         self.count(serial, parts.len());
         let mut from = 0;
         for (index, one) in parts.into_iter().enumerate() {
             let asker = Asker::Part { parent, index };
-            self.ask_part(base, one, from, &command, Asked { asker, ..asked });
+            self.ask_part(base, one, from, command, Asked { asker, ..asked });
             from += match one {
                 Part::Bottom { len, .. } | Part::Level { len, .. } => len,
             };
@@ -402,7 +402,7 @@ impl Mapper {
         let mut from = 0;
         for (index, (base, offset, len)) in steps.into_iter().enumerate() {
             let asker = Asker::Part { parent, index };
-            self.ask_base(base, limit, part(&command, from, offset, len), asker);
+            self.ask_base(base, limit, &part(&command, from, offset, len), asker);
             from += len;
         }
     }
