@@ -35,19 +35,20 @@ struct Shape {
     steps: usize,
 }
 
-/// All need several areas, or several steps in one.
+/// All have more than goes in a step of a merge (4 MiB), so that a kill falls between
+/// two.
 const SHAPES: [Shape; 3] = [
     Shape {
         name: "c1",
         chunks: [1, 8],
-        origin: 3001,
-        steps: 150,
+        origin: 24_001,
+        steps: 900,
     },
     Shape {
         name: "c8",
         chunks: [8, 1],
-        origin: 8 * 1600 + 5,
-        steps: 250,
+        origin: 8 * 3000 + 5,
+        steps: 500,
     },
     Shape {
         name: "c32",
