@@ -74,7 +74,11 @@ impl Numbers {
         let paths = ('a'..).zip(&self.disks);
         let paths = paths.filter(|(_, disk)| disk.starts_with('/'));
         let line = paths.fold(line.to_owned(), |line, (letter, path)| {
-            line.replace(path, &format!("@{letter}"))
+            let common = format!("@{letter}");
+            // As `deps -o devname` has it.
+            let name = path.rsplit('/').next().unwrap_or(path);
+            line.replace(path, &common)
+                .replace(&format!("({name})"), &format!("({common})"))
         });
         let line = pair.replace_all(&line, |found: &Captures<'_>| self.word(found));
         let line = columns.replace(&line, |found: &Captures<'_>| {
