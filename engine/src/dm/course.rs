@@ -239,7 +239,7 @@ impl Mapper {
         match (kind, progress) {
             (Kind::Wait { event_nr }, _) => {
                 let had = self.devices[&device].event_nr;
-                (had > event_nr).then_some(Ok(()))
+                (had != event_nr).then_some(Ok(()))
             }
             (Kind::Remove, Progress::Leaving) => {
                 self.devices.remove(&device);

@@ -390,7 +390,8 @@ impl Mapper {
         Ok(())
     }
 
-    /// [`MapperEvent::Done`] comes when the device has had more events than so many.
+    /// [`MapperEvent::Done`] comes as soon as the device has not had exactly so many
+    /// events, as the kernel has it.
     pub fn wait(&mut self, id: DeviceId, event_nr: u32) -> Result<OrderId, Refused> {
         self.device(id)?;
         Ok(self.order(id, Kind::Wait { event_nr }))

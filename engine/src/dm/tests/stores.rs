@@ -187,6 +187,9 @@ fn full_stores_mean_what_they_mean_to_the_kernel() {
         assert_eq!(written[7], Err(Failure::Io));
         assert_eq!(rig.status(id), status);
         assert_eq!(rig.done.contains_key(&waiting), events == 1);
+        // A count that is not the device's is not waited for.
+        let other = rig.mapper.wait(id, 9).unwrap();
+        assert_eq!(rig.end(other), Ok(()));
         assert_eq!(rig.mapper.info(id).unwrap().event_nr, events);
         // The origin goes on in any case, and then there is nothing left to read.
         rig.write(disk, 20, 4, 9);
