@@ -219,6 +219,15 @@ impl Snapshot {
         Ok(())
     }
 
+    /// The snapshot can be read, and all bytes `start..end` of it (not empty) are its
+    /// origin's.
+    pub(crate) fn has_no_copy_of(&self, start: u64, end: u64) -> bool {
+        let chunks = self.chunks(start, end);
+        let len = chunks.end - chunks.start;
+        let first = OriginChunk(chunks.start);
+        self.is_readable() && self.table.run_at(first, len) == Run::Unmapped { len }
+    }
+
     /// Whether every chunk of `start..end` that the snapshot has has an exception,
     /// all of them durable.
     pub(crate) fn is_durable(&self, start: u64, end: u64, law: Law) -> bool {

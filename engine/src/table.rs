@@ -1,10 +1,18 @@
 //! The exceptions of a snapshot in memory: which origin chunks have a copy, and
 //! where. Kept as runs (neighbours on both devices), so that sequential change
-//! costs next to nothing; a scattered chunk costs one B-tree entry of 16 bytes.
+//! costs next to nothing; a scattered chunk costs one B-tree entry of 16 bytes, and
+//! two bytes in a sieve that says of most chunks without a copy that they have none.
+
+mod sieve;
 
 use std::collections::BTreeMap;
 
 use nbdsnap_format::{CowChunk, OriginChunk};
+
+use sieve::Sieve;
+
+/// Questions about at most so many chunks are put to the sieve first.
+const SIEVED: u64 = 8;
 
 /// Runs are at most this long: a length fits beside the chunk number in 64 bits.
 const MAX_RUN: u64 = 256;
@@ -50,6 +58,7 @@ pub(crate) enum Run {
 pub(crate) struct ExceptionTable {
     runs: BTreeMap<u64, Packed>,
     count: u64,
+    sieve: Sieve,
 }
 
 impl ExceptionTable {
@@ -60,13 +69,25 @@ impl ExceptionTable {
 
     /// The copy of `old`, if it has one.
     pub(crate) fn get(&self, old: OriginChunk) -> Option<CowChunk> {
+        if self.sieve.has_none(old.0) {
+            return None;
+        }
         let (&start, run) = self.runs.range(..=old.0).next_back()?;
         let into = old.0 - start;
         (into < run.len()).then(|| CowChunk(run.first() + into))
     }
 
     /// The longest known run that begins at `old`, within `limit` chunks (at least 1).
+    #[inline]
     pub(crate) fn run_at(&self, old: OriginChunk, limit: u64) -> Run {
+        let mut chunks = old.0..old.0.saturating_add(limit);
+        if limit <= SIEVED && chunks.all(|chunk| self.sieve.has_none(chunk)) {
+            return Run::Unmapped { len: limit };
+        }
+        self.search(old, limit)
+    }
+
+    fn search(&self, old: OriginChunk, limit: u64) -> Run {
         if let Some((&start, run)) = self.runs.range(..=old.0).next_back() {
             let into = old.0 - start;
             if into < run.len() {
@@ -99,6 +120,12 @@ impl ExceptionTable {
             "origin chunk {old} has a copy already"
         );
         self.count += 1;
+        if self.sieve.wants_room_for(self.count) {
+            let runs = self.runs.iter();
+            let chunks = runs.flat_map(|(&start, run)| start..start + run.len());
+            self.sieve = Sieve::with_room_for(self.count, chunks);
+        }
+        self.sieve.add(old.0);
         if let Some((&start, run)) = self.runs.range_mut(..=old.0).next_back()
             && old.0 == start + run.len()
             && new.0 == run.first() + run.len()
@@ -153,6 +180,10 @@ mod tests {
             }
             prop_assert_eq!(table.len(), model.len() as u64);
             for old in 0..610 {
+                let at_most = old % 9 + 1;
+                if let Run::Unmapped { len } = table.run_at(OriginChunk(old), at_most) {
+                    prop_assert_eq!(model.range(old..old + at_most).next().map_or(at_most, |(&next, _)| next - old), len);
+                }
                 prop_assert_eq!(table.get(OriginChunk(old)).map(|c| c.0), model.get(&old).copied());
                 match table.run_at(OriginChunk(old), 20) {
                     Run::Mapped { first, len } => {

@@ -86,27 +86,26 @@ impl Tree {
         max: usize,
         extents: &mut Vec<Extent>,
     ) -> Result<(), Failure> {
-        let before = extents.len();
         let mut level = &self.levels[key];
-        level
-            .volume
-            .resolve(View::Origin, start, end, max, extents)?;
+        // Nothing is put together as long as all of it goes down: the common case.
+        while let Some(below) = level.below.filter(|_| start < end) {
+            let under = &self.levels[below.level];
+            let has_copies = !under.volume.has_no_copy_of(below.snapshot, start, end);
+            if has_copies || level.volume.is_merging() {
+                break;
+            }
+            level = under;
+        }
+        let before = extents.len();
+        (level.volume).resolve(View::Origin, start, end, max, extents)?;
         while let Some(below) = level.below {
             let under = &self.levels[below.level];
             let view = View::Snapshot(below.snapshot);
-            match extents[before..] {
-                // All of it goes down: the common case, with nothing to put together.
-                [one] if one.device == Device::Origin => {
-                    extents.truncate(before);
-                    let end = one.offset + one.len;
-                    under.volume.resolve(view, one.offset, end, max, extents)?;
-                }
-                ref all if all.iter().any(|e| e.device == Device::Origin) => {
-                    let all = extents.split_off(before);
-                    put_together(under, view, all, max, extents)?;
-                }
-                _ => break,
+            if !extents[before..].iter().any(|e| e.device == Device::Origin) {
+                break;
             }
+            let all = extents.split_off(before);
+            put_together(under, view, all, max, extents)?;
             level = under;
         }
         Ok(())

@@ -136,7 +136,21 @@ impl Rig {
         assert_eq!(self.tree.read_now(view, 0, BYTES, &mut extents), Now::Go);
         assert_eq!(self.peek(&extents), read);
         assert_eq!(self.tree.map(view, 0, BYTES, usize::MAX), Ok(extents));
+        self.show_pieces(view, &read);
         read.chunks(512).map(|sector| sector[0]).collect()
+    }
+
+    /// Every piece of a view shows what the whole of it does.
+    fn show_pieces(&self, view: View, whole: &[u8]) {
+        let places = || (0..=BYTES).step_by(256);
+        let pieces = places().flat_map(|start| places().map(move |end| (start, end)));
+        for (start, end) in pieces.filter(|(start, end)| start <= end) {
+            let mut extents = Vec::new();
+            let now = self.tree.read_now(view, start, end - start, &mut extents);
+            assert_eq!(now, Now::Go);
+            let piece = &whole[start as usize..end as usize];
+            assert!(self.peek(&extents) == piece, "{start}..{end} of {view:?}");
+        }
     }
 
     fn peek(&self, extents: &[Extent]) -> Vec<u8> {
@@ -405,6 +419,38 @@ fn a_suspended_tree_lets_nothing_through_and_closes_from_there() {
     );
     assert_eq!(rig.events.last(), Some(&Event::Closed(true)));
     assert_eq!(rig.ask(leaf, Command::Flush), Err(Failure::ShuttingDown));
+}
+
+/// Around the queue too a snapshot that another is merged into shows that one, whatever
+/// part of it has been copied.
+#[test]
+fn reads_at_once_see_a_merge_from_its_beginning() {
+    let mut rig = disk(1);
+    rig.tree.set_merge_step(512);
+    let inner = rig.snapshot(View::Origin, 40);
+    let leaf = rig.snapshot(inner, 40);
+    rig.write(inner, 3, 5).unwrap();
+    for (sector, byte) in [(1, 9), (2, 8), (5, 7)] {
+        rig.write(leaf, sector, byte).unwrap();
+    }
+    let merged: Vec<u8> = (rig.show(leaf).iter())
+        .flat_map(|&byte| [byte; 512])
+        .collect();
+    rig.tree.begin_merge(id(leaf)).unwrap();
+    let mut seen = 0;
+    while let Some(op) = rig.tree.poll_disk_op() {
+        rig.perform(&op);
+        let events = std::iter::from_fn(|| rig.tree.poll_event());
+        rig.events.extend(events);
+        if rig.events.contains(&Event::MergeBegun(id(leaf))) {
+            rig.show_pieces(inner, &merged);
+            seen += 1;
+        }
+    }
+    assert!(seen >= 8, "{seen} moments of three steps");
+    rig.run();
+    assert!(rig.events.contains(&Event::Merged(id(leaf))));
+    rig.show_pieces(inner, &merged);
 }
 
 /// A write to a snapshot that has none itself goes past its level: an instant that is

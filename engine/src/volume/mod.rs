@@ -477,6 +477,18 @@ impl Volume {
         }
     }
 
+    /// The snapshot is there and can be read, and all bytes `start..end` of it (not
+    /// empty) are its origin's.
+    pub(crate) fn has_no_copy_of(&self, id: SnapshotId, start: u64, end: u64) -> bool {
+        let snapshot = self.snapshot(id);
+        snapshot.is_some_and(|it| it.is_there() && it.has_no_copy_of(start, end))
+    }
+
+    /// What its origin shows is not all in the origin.
+    pub(crate) fn is_merging(&self) -> bool {
+        self.merge.is_some()
+    }
+
     fn emit(&mut self, device: Device, action: Action, purpose: Purpose) {
         let is_flush = action == Action::Flush;
         let id = OpId(self.in_flight.insert(purpose) as u64);
