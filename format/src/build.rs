@@ -95,9 +95,7 @@ impl AreaBuilder {
         if area != end.area || !in_area || index < end.index || !ends_list {
             return Err(BuildError::Stale { at: stale.at, end }.into());
         }
-        for _ in end.index..index {
-            self.put([0; EXCEPTION_BYTES], write)?;
-        }
+        self.put_zeros(index - end.index, write)?;
         let mut entry = [0; EXCEPTION_BYTES];
         entry[..8].copy_from_slice(&stale.old.to_le_bytes());
         entry[8..].copy_from_slice(&stale.new.to_le_bytes());
@@ -115,12 +113,7 @@ impl AreaBuilder {
         if self.entries > 0 && fills && (self.exceptions < self.entries || !self.has_area()) {
             return Ok(());
         }
-        loop {
-            self.put([0; EXCEPTION_BYTES], write)?;
-            if self.entries.is_multiple_of(per_area) {
-                return Ok(());
-            }
-        }
+        self.put_zeros(per_area - self.entries % per_area, write)
     }
 
     /// Whether the area of the next entry lies in the store.
@@ -140,24 +133,59 @@ impl AreaBuilder {
         entry: [u8; EXCEPTION_BYTES],
         write: &mut impl FnMut(u64, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        if !self.has_area() {
-            return Err(BuildError::NoArea {
-                area: self.layout.slot(self.entries).area,
-                needed: self.area_end(),
-                bytes: self.store_bytes,
-            }
-            .into());
-        }
+        self.insist_on_area()?;
         self.piece.extend_from_slice(&entry);
-        let Slot { area, index } = self.layout.slot(self.entries);
         self.entries += 1;
-        let piece_bytes = self.layout.chunk_size().bytes().min(MAX_READ_BYTES) as usize;
-        if self.piece.len() == piece_bytes {
-            let end = (index + 1) * EXCEPTION_BYTES as u64;
-            let offset = self.layout.area_offset(area) + end - piece_bytes as u64;
-            write(offset, &self.piece)?;
-            self.piece.clear();
+        self.write_if_full(write)
+    }
+
+    /// Empty entries of one area, a piece at a time: there may be 67 million of them.
+    fn put_zeros<E: From<BuildError>>(
+        &mut self,
+        entries: u64,
+        write: &mut impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut left = entries;
+        while left > 0 {
+            self.insist_on_area()?;
+            let room = (self.piece_bytes() - self.piece.len()) / EXCEPTION_BYTES;
+            let now = left.min(room as u64);
+            let bytes = now as usize * EXCEPTION_BYTES;
+            self.piece.resize(self.piece.len() + bytes, 0);
+            self.entries += now;
+            left -= now;
+            self.write_if_full(write)?;
         }
+        Ok(())
+    }
+
+    fn insist_on_area(&self) -> Result<(), BuildError> {
+        if self.has_area() {
+            return Ok(());
+        }
+        Err(BuildError::NoArea {
+            area: self.layout.slot(self.entries).area,
+            needed: self.area_end(),
+            bytes: self.store_bytes,
+        })
+    }
+
+    fn piece_bytes(&self) -> usize {
+        self.layout.chunk_size().bytes().min(MAX_READ_BYTES) as usize
+    }
+
+    fn write_if_full<E>(
+        &mut self,
+        write: &mut impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.piece.len() < self.piece_bytes() {
+            return Ok(());
+        }
+        let Slot { area, index } = self.layout.slot(self.entries - 1);
+        let end = (index + 1) * EXCEPTION_BYTES as u64;
+        let offset = self.layout.area_offset(area) + end - self.piece.len() as u64;
+        write(offset, &self.piece)?;
+        self.piece.clear();
         Ok(())
     }
 }

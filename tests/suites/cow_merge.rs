@@ -171,6 +171,53 @@ fn a_killed_merge_goes_on_to_the_same_end() {
     println!("{rounds} merges were cut off {cut_off} times");
 }
 
+/// The program may write no file beyond a limit, and is killed (SIGXFSZ) when it does:
+/// at its first write to the disk, when nothing but the mark in the list has happened,
+/// and then further and further behind that.
+#[test]
+fn a_merge_that_is_killed_behind_its_mark_goes_on() {
+    const UNTOUCHED: usize = 1 << 20;
+    let mut random = Random::new(seed("cow_merge_marked"));
+    let folder = folder();
+    let folder = folder.path();
+    let disk = folder.join("disk");
+    let wanted = random_file(&disk, 8 << 20, &mut random);
+    let mut model = wanted.clone();
+    let mut serve = Serve::on_socket_in(folder);
+    serve
+        .disk("disk", &disk)
+        .snapshot("disk@s", &folder.join("cow"), ",chunk=4K");
+    let server = serve.start();
+    let mut session = Session::open(&server.address(), "disk").expect("a connection");
+    for _ in 0..500 {
+        let len = random.between(1, 20_000) as usize;
+        let at = random.between(UNTOUCHED as u64, (model.len() - len) as u64) as usize;
+        let data = random.bytes(len);
+        model[at..at + len].copy_from_slice(&data);
+        let written = session.write(at as u64, &data).expect("a reply");
+        assert_eq!(written, Ok(Vec::new()));
+    }
+    drop(session);
+    server.stop();
+    // The list and whatever else is small can be written.
+    for (n, limit) in [64 << 10, 2 << 20, 5 << 20].into_iter().enumerate() {
+        let mut limited = Command::new("sh");
+        let script = format!("ulimit -c 0; ulimit -f {}; exec \"$0\" \"$@\"", limit / 512);
+        limited.args(["-c", &script]).arg(program());
+        limited.args(["cow", "merge", "cow", "--origin", "disk", "-q"]);
+        let killed = run(limited.current_dir(folder));
+        assert_eq!(killed.code, None, "{killed}");
+        let list = std::fs::read_to_string(folder.join("disk.nbdsnap")).expect("a list");
+        assert!(list.contains("merging"), "{list}");
+        let now = std::fs::read(&disk).expect("readable");
+        assert!(now[limit..] == model[limit..], "written behind {limit}");
+        assert!(now[..UNTOUCHED] == wanted[..UNTOUCHED], "at {limit}");
+        assert_eq!(now == model, n == 0, "at {limit}");
+    }
+    let _ = cow(folder, "merge cow --origin disk").ok();
+    assert!(std::fs::read(&disk).expect("readable") == wanted);
+}
+
 #[test]
 fn a_disk_that_is_served_is_not_rolled_back() {
     let folder = folder();

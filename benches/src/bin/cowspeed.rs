@@ -2,9 +2,11 @@
 //! same bytes. See benches/README.md.
 //!
 //! A disk, and a store that holds every chunk of it, in runs that lie in random order:
-//! no holes, nothing shared. In each turn, in an order that changes, the store is copied
-//! by `cp --reflink=never --sparse=never` and fsynced, its snapshot is extracted, and the
-//! disk is rolled back to it; what the tools made is compared with what it has to be.
+//! no holes, nothing shared. In each turn its snapshot is extracted, and the disk is rolled
+//! back to it, each beside `cp --reflink=never --sparse=never` of the store and fsync: now
+//! before it and now behind it, after the same preparation on files as fresh. What the
+//! tools made is compared with what it has to be. How far two neighbouring runs of cp lie
+//! apart is how far the machine can be trusted.
 //! With `--exceptions` also how long `inspect` and `check` look at so many.
 
 use std::fs::File;
@@ -13,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use nbdsnap::cow::CowError;
 use nbdsnap::cow::target::Target;
 use nbdsnap_benches::BenchError;
@@ -26,6 +28,26 @@ const PIECE: usize = 1 << 20;
 
 /// The least speed of each tool, as a part of cp's.
 const BAR: f64 = 0.8;
+
+/// What is measured beside cp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Tool {
+    /// The snapshot is written to a new image
+    Extract,
+    /// The disk is rolled back
+    Merge,
+}
+
+impl Tool {
+    const ALL: [Self; 2] = [Self::Extract, Self::Merge];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Extract => "extract",
+            Self::Merge => "merge",
+        }
+    }
+}
 
 /// Measures extract and merge beside cp.
 #[derive(Debug, Parser)]
@@ -40,9 +62,12 @@ struct Options {
     /// Chunks that lie together
     #[arg(long, default_value_t = 1)]
     run: u64,
-    /// Turns
+    /// Turns: in each, every tool and a cp of its own
     #[arg(long, default_value_t = 5)]
     turns: usize,
+    /// Measure this tool alone
+    #[arg(long)]
+    only: Option<Tool>,
     /// Also look at a sparse store of so many exceptions (5000000 are the promise)
     #[arg(long, default_value_t = 0)]
     exceptions: u64,
@@ -164,39 +189,45 @@ impl Files {
         store.finish().map_err(refused)?;
         // What is zero in it is a hole so far.
         copy(&self.cow, &self.store)?;
-        remove(&self.cow);
+        remove(&[&self.cow]);
         Ok(())
+    }
+
+    /// How long cp takes, or a tool, on fresh files; then they are gone.
+    fn measure(&self, tool: Option<Tool>) -> Result<f64, BenchError> {
+        copy(&self.origin, &self.disk)?;
+        copy(&self.store, &self.cow)?;
+        self.forget(&[&self.origin, &self.store, &self.disk, &self.cow])?;
+        let taken = match tool {
+            None => self.cp()?,
+            Some(Tool::Extract) => self.extract()?,
+            Some(Tool::Merge) => self.merge()?,
+        };
+        remove(&[&self.disk, &self.cow, &self.made]);
+        Ok(taken.as_secs_f64())
     }
 
     /// cp of the store, and fsync.
     fn cp(&self) -> Result<Duration, BenchError> {
-        self.forget(&[&self.store])?;
         let begun = Instant::now();
-        copy(&self.store, &self.made)?;
-        let taken = begun.elapsed();
-        remove(&self.made);
-        Ok(taken)
+        copy(&self.cow, &self.made)?;
+        Ok(begun.elapsed())
     }
 
     fn extract(&self) -> Result<Duration, BenchError> {
-        self.forget(&[&self.store, &self.origin])?;
         let taken = self.nbdsnap(&[
             "extract".as_ref(),
-            self.store.as_ref(),
+            self.cow.as_ref(),
             "--origin".as_ref(),
-            self.origin.as_ref(),
+            self.disk.as_ref(),
             "-o".as_ref(),
             self.made.as_ref(),
         ])?;
         self.compare(&self.made)?;
-        remove(&self.made);
         Ok(taken)
     }
 
     fn merge(&self) -> Result<Duration, BenchError> {
-        copy(&self.origin, &self.disk)?;
-        copy(&self.store, &self.cow)?;
-        self.forget(&[&self.cow, &self.disk])?;
         let taken = self.nbdsnap(&[
             "merge".as_ref(),
             self.cow.as_ref(),
@@ -205,8 +236,6 @@ impl Files {
             "--adopt".as_ref(),
         ])?;
         self.compare(&self.disk)?;
-        remove(&self.disk);
-        remove(&self.cow);
         Ok(taken)
     }
 
@@ -301,7 +330,7 @@ impl Files {
             let taken: Result<Vec<Duration>, BenchError> = (0..turns).map(|_| look()).collect();
             Ok((verb, taken?.iter().map(Duration::as_secs_f64).collect()))
         });
-        remove(&self.cow);
+        remove(&[&self.cow]);
         looks.into_iter().collect()
     }
 }
@@ -324,8 +353,10 @@ fn copy(from: &Path, to: &Path) -> Result<(), BenchError> {
         .map_err(unsuitable(to))
 }
 
-fn remove(path: &Path) {
-    let _ = std::fs::remove_file(path);
+fn remove(paths: &[&Path]) {
+    for path in paths {
+        let _ = std::fs::remove_file(path);
+    }
     // Nobody else's measurement is to wait for what this one left.
     rustix::fs::sync();
 }
@@ -345,23 +376,35 @@ fn run(options: &Options) -> Result<bool, BenchError> {
     let folder = tempfile::tempdir_in(&folder).map_err(unsuitable(&folder))?;
     let files = Files::new(options, folder.path())?;
     files.fill(options)?;
-    let (mut cp, mut extract, mut merge) = (Vec::new(), Vec::new(), Vec::new());
+    let tools: Vec<Tool> = match options.only {
+        Some(tool) => vec![tool],
+        None => Tool::ALL.to_vec(),
+    };
+    let mut cp = Vec::new();
+    let mut seconds: Vec<Value> = tools.iter().map(|tool| (tool.name(), vec![])).collect();
+    let mut speeds = seconds.clone();
     for turn in 0..options.turns {
-        rustix::fs::sync();
-        for place in 0..3 {
-            match (turn + place) % 3 {
-                0 => cp.push(files.cp()?.as_secs_f64()),
-                1 => extract.push(files.extract()?.as_secs_f64()),
-                _ => merge.push(files.merge()?.as_secs_f64()),
-            }
+        for (n, tool) in tools.iter().enumerate() {
+            let (beside, taken) = if turn % 2 == 0 {
+                let beside = files.measure(None)?;
+                (beside, files.measure(Some(*tool))?)
+            } else {
+                let taken = files.measure(Some(*tool))?;
+                (files.measure(None)?, taken)
+            };
+            cp.push(beside);
+            seconds[n].1.push(taken);
+            speeds[n].1.push(beside / taken);
         }
     }
-    let speed = |of: &[f64]| of.iter().zip(&cp).map(|(of, cp)| cp / of).collect();
-    let speeds = [("extract", speed(&extract)), ("merge", speed(&merge))];
     let looks = files.looks(options.exceptions, options.turns)?;
-    let seconds = [("cp", cp), ("extract", extract), ("merge", merge)];
-    report(options, &seconds, &speeds, &looks);
     let holds = speeds.iter().all(|(_, of)| spread(of)[0] >= BAR);
+    if cp.len() > 1 {
+        let itself = cp.windows(2).map(|two| two[0] / two[1]).collect();
+        speeds.insert(0, ("cp", itself));
+    }
+    seconds.insert(0, ("cp", cp));
+    report(options, &seconds, &speeds, &looks);
     Ok(holds || !options.check_bar)
 }
 

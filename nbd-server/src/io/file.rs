@@ -87,8 +87,19 @@ pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Re
 }
 
 fn read_exact(file: &File, offset: u64, len: u64) -> Outcome {
+    read_into(file, offset, len, Vec::new()).map(Bytes::from)
+}
+
+/// What [`Action::Read`] reads, in memory that there is already.
+pub fn read_into(
+    file: &File,
+    offset: u64,
+    len: u64,
+    mut bytes: Vec<u8>,
+) -> Result<Vec<u8>, DiskError> {
     let len = usize::try_from(len).map_err(|_| disk_error(Errno::NOMEM))?;
-    let mut bytes = Vec::with_capacity(len);
+    bytes.clear();
+    bytes.reserve_exact(len);
     while bytes.len() < len {
         let want = len - bytes.len();
         let at = offset + bytes.len() as u64;
@@ -99,7 +110,7 @@ fn read_exact(file: &File, offset: u64, len: u64) -> Outcome {
             Err(errno) => return Err(disk_error(errno)),
         }
     }
-    Ok(Bytes::from(bytes))
+    Ok(bytes)
 }
 
 fn write_all(file: &File, offset: u64, data: &[Bytes]) -> Result<(), Errno> {

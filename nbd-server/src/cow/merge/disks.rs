@@ -1,15 +1,14 @@
-//! Performs what the engine wants of the disks in an offline merge, on this thread.
+//! Performs what the engine wants of the disks in an offline merge: on this thread, but
+//! for the writes to the disk ([`Writer`]).
 //!
-//! - What may go together goes together: writes that are neighbours on the disk are
-//!   one call.
-//! - What is written to the disk begins to be written back while the merge goes on, so
-//!   that the flush at the end of a step has less to wait for. That promises nothing;
-//!   what is durable is only what a flush has answered for, as everywhere.
+//! What may go together goes together: writes that are neighbours on the disk are one
+//! call, of up to a piece.
 
 use nbdsnap_engine::{Action, Device, DiskOp, OpId, Outcome, SnapshotId};
 
-use super::super::hints::WriteBack;
-use crate::io::file::{Medium, perform};
+use super::buffers::Buffers;
+use super::writer::{Write, Writer};
+use crate::io::file::{Medium, perform, read_into};
 use crate::server::setup::OpenDisk;
 
 /// One write gathers no more than so many pieces (IOV_MAX).
@@ -22,17 +21,27 @@ pub(super) struct Disks {
     pub(super) origin: OpenDisk,
     /// Its snapshots' stores.
     pub(super) stores: Vec<(SnapshotId, OpenDisk)>,
-    write_back: WriteBack,
+    /// Bytes in one write.
+    piece: u64,
+    buffers: Buffers,
+    writer: Writer,
 }
 
 impl Disks {
-    /// Of a volume whose disks are open.
-    pub(super) fn new(origin: OpenDisk, stores: Vec<(SnapshotId, OpenDisk)>) -> Self {
-        Self {
+    /// Of a volume whose disks are open; writes to the disk have up to `piece` bytes.
+    pub(super) fn new(
+        origin: OpenDisk,
+        stores: Vec<(SnapshotId, OpenDisk)>,
+        piece: u64,
+    ) -> std::io::Result<Self> {
+        let writer = Writer::new(&origin.file, medium(&origin))?;
+        Ok(Self {
             origin,
             stores,
-            write_back: WriteBack::default(),
-        }
+            piece,
+            buffers: Buffers::default(),
+            writer,
+        })
     }
 
     /// The store of a snapshot.
@@ -41,74 +50,65 @@ impl Disks {
         &store.expect("a store that was attached").1
     }
 
-    /// Perform operations that do not depend on each other, and tell how each ended.
+    /// Perform operations that do not depend on each other, and tell how each ended,
+    /// or leave it under way.
     pub(super) fn perform(&mut self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome)) {
-        let mut together = Together::default();
-        for op in ops {
-            if let (Device::Origin, Action::Write { offset, data }) = (op.device, &op.action) {
-                if !together.takes(*offset, data.len()) {
-                    self.write(&mut together, ended);
-                }
-                together.push(op.id, *offset, data);
-                continue;
-            }
-            let (file, medium) = match op.device {
-                Device::Origin => (&self.origin, self.medium()),
-                Device::Cow(id) => (self.store(id), Medium::Store),
+        let mut together: Option<Write> = None;
+        for DiskOp { id, device, action } in ops {
+            let (disk, medium) = match device {
+                Device::Origin => (&self.origin, medium(&self.origin)),
+                Device::Cow(snapshot) => (self.store(snapshot), Medium::Store),
             };
-            ended(op.id, perform(&file.file, medium, &op.action));
+            match action {
+                Action::Write { offset, data } if device == Device::Origin => {
+                    let next = Write {
+                        ids: vec![id],
+                        start: offset,
+                        len: data.iter().map(|piece| piece.len() as u64).sum(),
+                        data,
+                    };
+                    match &mut together {
+                        Some(write) if takes(write, &next, self.piece) => {
+                            write.ids.push(id);
+                            write.len += next.len;
+                            write.data.extend(next.data);
+                        }
+                        _ => {
+                            if let Some(write) = together.replace(next) {
+                                self.writer.write(write);
+                            }
+                        }
+                    }
+                }
+                Action::Read { offset, len } => {
+                    let read = read_into(&disk.file, offset, len, self.buffers.take());
+                    ended(id, read.map(|bytes| self.buffers.lend(bytes)));
+                }
+                action => ended(id, perform(&disk.file, medium, &action)),
+            }
         }
-        self.write(&mut together, ended);
+        if let Some(write) = together {
+            self.writer.write(write);
+        }
     }
 
-    fn medium(&self) -> Medium {
-        if self.origin.is_block_device {
-            Medium::OriginBlockDevice
-        } else {
-            Medium::OriginFile
-        }
-    }
-
-    fn write(&mut self, together: &mut Together, ended: &mut dyn FnMut(OpId, Outcome)) {
-        let Together { ids, start, data } = std::mem::take(together);
-        if ids.is_empty() {
-            return;
-        }
-        let len: u64 = data.iter().map(|piece| piece.len() as u64).sum();
-        let action = Action::Write {
-            offset: start,
-            data,
-        };
-        let outcome = perform(&self.origin.file, self.medium(), &action);
-        self.write_back.wrote(&self.origin.file, start..start + len);
-        for id in ids {
-            ended(id, outcome.clone());
-        }
+    /// Wait until something that is under way has ended, if anything is.
+    pub(super) fn wait(&mut self, ended: &mut dyn FnMut(OpId, Outcome)) -> bool {
+        self.writer.wait(ended)
     }
 }
 
-/// Writes to the disk, one behind the other.
-#[derive(Debug, Default)]
-struct Together {
-    ids: Vec<OpId>,
-    start: u64,
-    data: Vec<bytes::Bytes>,
+fn medium(origin: &OpenDisk) -> Medium {
+    if origin.is_block_device {
+        Medium::OriginBlockDevice
+    } else {
+        Medium::OriginFile
+    }
 }
 
-impl Together {
-    /// Whether these pieces go behind those that are there.
-    fn takes(&self, offset: u64, pieces: usize) -> bool {
-        let len: u64 = self.data.iter().map(|piece| piece.len() as u64).sum();
-        !self.ids.is_empty()
-            && self.start + len == offset
-            && self.data.len() + pieces <= MOST_PIECES
-    }
-
-    fn push(&mut self, id: OpId, offset: u64, data: &[bytes::Bytes]) {
-        if self.ids.is_empty() {
-            self.start = offset;
-        }
-        self.ids.push(id);
-        self.data.extend_from_slice(data);
-    }
+/// Whether `next` goes behind `write`, in one call of up to `most` bytes.
+fn takes(write: &Write, next: &Write, most: u64) -> bool {
+    write.start + write.len == next.start
+        && write.len + next.len <= most
+        && write.data.len() + next.data.len() <= MOST_PIECES
 }

@@ -15,11 +15,14 @@
 //! up like any other, once the operator says that it belongs to the disk (`adopt`).
 //!
 //! `drive.rs` has the engine come to the end of the merge, `disks.rs` does what it wants,
-//! `ahead.rs` has the store read before that.
+//! `writer.rs` writes to the disk, `ahead.rs` has the store read before that,
+//! `buffers.rs` has the memory.
 
 mod ahead;
+mod buffers;
 mod disks;
 mod drive;
+mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -31,6 +34,7 @@ use nbdsnap_engine::{
 use self::ahead::ReadAhead;
 use self::disks::Disks;
 use self::drive::{Outside, Stopped, drive};
+use super::hints::fits_in_memory;
 use super::open::disk_bytes;
 use super::{CowError, CowStore, Reading};
 use crate::disks::{
@@ -55,11 +59,18 @@ const VOLUME: &str = "disk";
 /// is copied once more.
 const STEP: u64 = 512 << 20;
 
-/// On its way at a time: little enough for the processor's caches.
-const MEMORY: u64 = 2 << 20;
+/// The same where the page cache can hold two of them: the one that is being copied, and
+/// the one that is read ahead.
+const LARGE_STEP: u64 = 2 << 30;
 
-/// In one read or write.
-const PIECE: u64 = 1 << 20;
+/// On its way at a time: enough that reading and writing do not wait for each other.
+const MEMORY: u64 = 4 << 20;
+
+/// In one read or write. The page cache takes what is written in one call in pages of up
+/// to its size: from 2 MiB on these are huge ones, and those are the free memory that a
+/// virtual machine has given back to its host. To get it anew takes several times as
+/// long as the copy.
+const PIECE: u64 = 512 << 10;
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug)]
@@ -224,7 +235,12 @@ fn merge(
         copy_memory: MEMORY,
         copy_piece: PIECE,
     });
-    engine.set_merge_step(STEP);
+    let step = if fits_in_memory(2 * LARGE_STEP) {
+        LARGE_STEP
+    } else {
+        STEP
+    };
+    engine.set_merge_step(step);
     let mut stores: Vec<(SnapshotId, OpenDisk)> = Vec::new();
     let mut views = BTreeMap::new();
     let mut merging = None;
@@ -238,7 +254,7 @@ fn merge(
                 snapshot.store.exception_count(),
             );
             let id = engine.attach_merging(of, snapshot.store);
-            merging = Some((id, ReadAhead::new(size, STEP, count)));
+            merging = Some((id, ReadAhead::new(size, step, count)));
             id
         } else {
             let id = engine.attach_snapshot(of, snapshot.store);
@@ -249,8 +265,10 @@ fn merge(
         views.insert(snapshot.name, View::Snapshot(id));
         stores.push((id, snapshot.disk));
     }
+    let path = disk.path.clone();
+    let disks = Disks::new(disk, stores, PIECE).map_err(CowError::io(&path, "writing", 0))?;
     let mut around = Around {
-        disks: Disks::new(disk, stores),
+        disks,
         merging: merging.expect("the disk is opened with the store that is merged"),
         written: 0,
         keeper,
@@ -287,6 +305,10 @@ impl Outside for Around<'_> {
         }
         self.disks.perform(ops, ended);
         (self.progress)(self.written);
+    }
+
+    fn wait(&mut self, ended: &mut dyn FnMut(OpId, Outcome)) -> bool {
+        self.disks.wait(ended)
     }
 
     fn mark_lost(&mut self, id: SnapshotId) -> bool {
