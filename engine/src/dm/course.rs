@@ -158,9 +158,7 @@ impl Mapper {
             return;
         };
         self.snaps[snap].body = Body::There { level: key, id };
-        // The kernel looks at the length of the device, not at that of the line.
-        let bytes = self.snaps[snap].bytes;
-        self.levels[key].volume.set_snapshot_bytes(id, bytes);
+        self.set_lengths(snap);
         if self.snaps[snap].merges {
             self.begin_merge(snap);
         }
@@ -383,13 +381,17 @@ impl Mapper {
         Ok(())
     }
 
-    /// Origins that have become larger.
+    /// Origins that have become larger, and what that means for their snapshots.
     fn grow_levels(&mut self) {
         let keys: Vec<_> = self.levels.iter().map(|(key, _)| key).collect();
         for key in keys {
             let bytes = self.bytes_of(self.levels[key].origin);
             // One that has become smaller fails where it is no more.
             let _ = self.levels[key].volume.grow_origin(bytes);
+        }
+        let snaps: Vec<_> = self.snaps.iter().map(|(snap, _)| snap).collect();
+        for snap in snaps {
+            self.set_lengths(snap);
         }
     }
 
@@ -409,7 +411,6 @@ impl Mapper {
         }
         let level = self.level_of(snap.origin);
         let merging = level.and_then(|key| self.levels[key].volume.merging());
-        let is_own = |id| snap.place().map(|(_, own)| own) == Some(id);
         if let Body::Loaded(_) = snap.body {
             if merging.is_some() {
                 return refuse("A snapshot is already merging.");
@@ -418,15 +419,29 @@ impl Mapper {
                 return refuse("COW device lies on what its own origin's snapshots keep");
             }
         }
-        if snap.merges && merging.is_some_and(|id| !is_own(id)) {
-            return refuse("A snapshot is already merging.");
-        }
-        if snap.merges && self.is_covered_above(snap.origin) {
-            return refuse(
-                "the origin is part of another origin, which was taken snapshots of later",
-            );
+        if snap.merges {
+            let own = snap.place().map(|(_, own)| own);
+            self.may_merge_beside(snap.origin, own)?;
         }
         Ok(())
+    }
+
+    /// Whether a snapshot of `origin` can be merged now, as far as others are concerned.
+    pub fn may_merge(&self, origin: Lower) -> Result<(), Refused> {
+        self.may_merge_beside(origin, None)
+    }
+
+    fn may_merge_beside(&self, origin: Lower, own: Option<SnapshotId>) -> Result<(), Refused> {
+        let level = self.level_of(origin);
+        let merging = level.and_then(|key| self.levels[key].volume.merging());
+        let why = if merging.is_some() && merging != own {
+            "A snapshot is already merging."
+        } else if self.is_covered_above(origin) {
+            "the origin is part of another origin, which was taken snapshots of later"
+        } else {
+            return Ok(());
+        };
+        Err(Refused::new(Errno::Invalid, why))
     }
 
     fn level_of(&self, origin: Lower) -> Option<LevelKey> {

@@ -119,9 +119,17 @@ impl Mapper {
         std::mem::swap(&mut to.persistence, &mut from.persistence);
         std::mem::swap(&mut to.chunk, &mut from.chunk);
         std::mem::swap(&mut to.overflowed, &mut from.overflowed);
-        if let Some((level, id)) = to.place() {
+        self.set_lengths(heir);
+    }
+
+    /// Have the volume know how long a snapshot is. The kernel looks at the length of
+    /// the device, not at that of the line.
+    pub(super) fn set_lengths(&mut self, key: SnapKey) {
+        let snap = &self.snaps[key];
+        let device_bytes = self.bytes_of(snap.origin);
+        if let Some((level, id)) = snap.place() {
             let volume = &mut self.levels[level].volume;
-            volume.set_snapshot_bytes(id, to.bytes);
+            volume.set_snapshot_bytes(id, snap.bytes, device_bytes);
         }
     }
 

@@ -4,7 +4,7 @@ use super::line::Verb;
 use super::report::Report;
 use super::session::{Device, Session, Step, Stop};
 use super::show::Naming;
-use super::{change, show, tree};
+use super::{change, show, tree, usage};
 use crate::cli::Failure;
 
 /// How often a verb may be said for devices, and how many words it takes.
@@ -61,7 +61,8 @@ fn all(session: &mut Session<'_>) -> Step {
         return session.stop("Couldn't process command line.");
     }
     if count < shape.least || shape.most.is_some_and(|most| count > most) {
-        return session.stop("Incorrect number of arguments.");
+        session.complain("Incorrect number of arguments.");
+        return session.stop(usage::of(session.verb));
     }
     if session.switches.columns && session.verb == Verb::Info {
         match Report::new(&session.switches) {

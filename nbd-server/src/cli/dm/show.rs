@@ -19,6 +19,7 @@ pub(super) fn of_device(session: &mut Session<'_>, device: &Device, word: Option
         Verb::Info => {
             let order = DmOrder::Info {
                 device: device.name.clone(),
+                inactive: session.switches.inactive,
             };
             let info = if_it_exists(session, "info", &device.label, order)?;
             let DmAnswer::Device(info) = info else {
@@ -320,6 +321,7 @@ pub(super) fn block_name(dep: &DmDep) -> String {
 fn mangle(session: &mut Session<'_>, device: &Device) -> Step {
     let order = DmOrder::Info {
         device: device.name.clone(),
+        inactive: false,
     };
     let info = session.order_device("status", &device.label, order)?;
     let (uuid, and_uuid) = match info.uuid.as_str() {
@@ -352,6 +354,7 @@ pub(super) fn ls(session: &mut Session<'_>) -> Step {
         let has_name = naming != Naming::Number && {
             let order = DmOrder::Info {
                 device: device.name.clone(),
+                inactive: false,
             };
             let info = session.order_device("info", &device.label, order)?;
             info.live_table || info.inactive_table
