@@ -426,40 +426,11 @@ impl Mapper {
         Ok(())
     }
 
-    /// Whether a snapshot of `origin` can be merged now, as far as others are concerned.
-    pub fn may_merge(&self, origin: Lower) -> Result<(), Refused> {
-        self.may_merge_beside(origin, None)
-    }
-
-    fn may_merge_beside(&self, origin: Lower, own: Option<SnapshotId>) -> Result<(), Refused> {
-        let level = self.level_of(origin);
-        let merging = level.and_then(|key| self.levels[key].volume.merging());
-        let why = if merging.is_some() && merging != own {
-            "A snapshot is already merging."
-        } else if self.is_covered_above(origin) {
-            "the origin is part of another origin, which was taken snapshots of later"
-        } else {
-            return Ok(());
-        };
-        Err(Refused::new(Errno::Invalid, why))
-    }
-
-    fn level_of(&self, origin: Lower) -> Option<LevelKey> {
+    pub(super) fn level_of(&self, origin: Lower) -> Option<LevelKey> {
         let mut levels = self.levels.iter();
         levels
             .find(|(_, level)| level.origin == origin && !level.is_closing)
             .map(|(key, _)| key)
-    }
-
-    /// Whether a volume that came later covers some of the origin: it would see a
-    /// rollback as something that it has to keep, or not at all.
-    fn is_covered_above(&self, origin: Lower) -> bool {
-        let Some(own) = self.level_of(origin) else {
-            return false;
-        };
-        let order = self.levels[own].order;
-        let mut later = self.levels.iter().filter(|(_, level)| level.order > order);
-        later.any(|(_, level)| self.overlap(level.origin, origin))
     }
 
     /// A snapshot comes to work: by taking over from another, or into its volume.

@@ -101,9 +101,13 @@ impl Failure {
 pub fn main() -> ExitCode {
     // The runtime has SIGPIPE ignored from the start: a client or a reader of
     // standard output that goes away is an error of that one write.
-    let cli = match Cli::try_parse() {
+    let mut args: Vec<OsString> = std::env::args_os().collect();
+    if is_dm(verb_of(&args)) {
+        dm::usage::spell_out(&mut args);
+    }
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
-        Err(error) => return refuse_arguments(&error, &std::env::args_os().collect::<Vec<_>>()),
+        Err(error) => return refuse_arguments(&error, &args),
     };
     let usual = match cli.verb {
         Verb::Serve(_) => log::Usual::Info,
@@ -158,7 +162,7 @@ fn refuse_arguments(error: &clap::Error, args: &[OsString]) -> ExitCode {
     );
     let verb = verb_of(args);
     let help = help_page(verb);
-    if !asks && verb.is_some_and(|verb| verb == "dm") {
+    if !asks && is_dm(verb) {
         return dm::usage::refuse(error, &help);
     }
     if asks || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -174,6 +178,10 @@ fn verb_of(args: &[OsString]) -> Option<&OsString> {
     let mut words = args.iter().skip(1);
     let verb = words.find(|arg| !arg.as_encoded_bytes().starts_with(b"-"));
     verb.filter(|arg| Cli::command().find_subcommand(arg).is_some())
+}
+
+fn is_dm(verb: Option<&OsString>) -> bool {
+    verb.is_some_and(|verb| verb == "dm")
 }
 
 /// The command that explains the command line that was given: the verb's help,

@@ -278,7 +278,7 @@ Examples:
   nbdsnap dm status --target snapshot")]
     Status(Devices),
     /// Show how devices are doing, or all of them.
-    #[command(args = shown(&["columns", "options", "sort", "noheadings", "separator", "nameprefixes", "unquoted", "rows", "noopencount"]), args = shown(&NAMED), after_help = "\
+    #[command(args = shown(&["columns", "options", "sort", "noheadings", "separator", "nameprefixes", "unquoted", "rows", "inactive", "noopencount"]), args = shown(&NAMED), after_help = "\
 Examples:
   nbdsnap dm info vm
   nbdsnap dm info -c
@@ -290,7 +290,7 @@ Examples:
     ///
     /// For --options: devno, devname, blkdevname. With --tree: ascii, utf, vt100;
     /// compact, inverted, notrunc; blkdevname, [no]device, active, open, rw and uuid.
-    #[command(args = shown(&["tree", "options", "target"]), after_help = "\
+    #[command(args = shown(&["tree", "options", "target", "inactive"]), after_help = "\
 Examples:
   nbdsnap dm ls
   nbdsnap dm ls --target snapshot
@@ -500,9 +500,9 @@ pub(super) struct Accepted {
     #[arg(short = 'G', long, value_name = "GID", global = true, hide = true)]
     gid: Option<String>,
     #[arg(short = 'M', long, value_name = "MODE", global = true, hide = true)]
-    mode: Option<String>,
+    pub(super) mode: Option<String>,
     #[arg(long, value_name = "MODE", global = true, hide = true)]
-    manglename: Option<String>,
+    pub(super) manglename: Option<String>,
 }
 
 /// These switches, for the page of a verb that they mean something to.

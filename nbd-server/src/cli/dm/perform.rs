@@ -97,6 +97,16 @@ fn senseless(session: &Session<'_>) -> Result<(), String> {
     if switches.accepted.addnodeonresume && switches.accepted.addnodeoncreate {
         return Err("--addnodeonresume and --addnodeoncreate are incompatible.".into());
     }
+    if let Some(mode) = switches.accepted.manglename.as_deref()
+        && !["none", "auto", "hex"].contains(&mode)
+    {
+        return Err("Unknown name mangling mode.".into());
+    }
+    if let Some(mode) = switches.accepted.mode.as_deref()
+        && u32::from_str_radix(mode, 8).is_err()
+    {
+        return Err(format!("Invalid argument for --mode: {mode}."));
+    }
     if switches.accepted.exec.is_some() {
         return Err("--exec is not offered: use the output of 'ls' in a loop.".into());
     }

@@ -2,6 +2,7 @@
 //! then that it could not process the command line or how it is used, and ends with 1.
 //! Scripts that were written for it look for that; everywhere else nbdsnap ends with 2.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -10,6 +11,13 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use super::line::Verb;
 use crate::cli::{Cli, one_line};
+
+/// dmsetup has `--version` for `version`, as the only one of its verbs.
+pub(in crate::cli) fn spell_out(args: &mut [OsString]) {
+    if let Some(arg) = args.last_mut().filter(|arg| *arg == "--version") {
+        *arg = "version".into();
+    }
+}
 
 /// Say why a command line of `dm` makes no sense; `help` explains what would.
 pub(in crate::cli) fn refuse(error: &clap::Error, help: &str) -> ExitCode {

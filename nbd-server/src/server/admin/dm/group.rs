@@ -21,6 +21,7 @@ use crate::control::protocol::{
 };
 use crate::disks::{self, Opening, all_it_needs, shown};
 use crate::dm::params;
+use crate::law;
 use crate::server::admin::refusal::Refused;
 use crate::server::admin::turn::Turn;
 
@@ -161,6 +162,9 @@ impl Turn<'_> {
             Some(path) => path.clone(),
             None => self.cow_beside(name, origin)?,
         };
+        if let Ok(meta) = std::fs::metadata(&cow) {
+            self.taken.check_free(&meta, &cow)?;
+        }
         let chunk = create.chunk_bytes.unwrap_or(CHUNK);
         let kind = StoreKind::from(create.kind);
         let made = make_file(&cow, create.size, kind, chunk, bytes)?.then_some(cow.clone());
@@ -244,7 +248,7 @@ impl Turn<'_> {
         is_group: bool,
         held: &mut Vec<DeviceId>,
     ) -> Result<(), Refused> {
-        if is_group {
+        if is_group && law::group_is_one_instant() {
             let origins: Vec<Lower> = ready.iter().map(|one| one.origin).collect();
             self.hold(origins, held)?;
         }
