@@ -173,7 +173,8 @@ impl Turn<'_> {
             }
         }
         if !text.starts_with('/') {
-            let why = format!("{text}: no device has this name, and paths begin with a slash");
+            let why =
+                format!("{text}: no device has this name; a file is named by a path: ./{text}");
             return Err(refused(libc::ENODEV, why));
         }
         self.dm_open(Path::new(text))
