@@ -111,7 +111,10 @@ fn a_merge_rolls_back_what_the_snapshot_was_taken_of_by_every_way() {
     let order = ["snapshot", "merge", "vm@first", "--force", "--delete-cow"];
     assert_eq!(scene.done(&order), serde_json::json!([]));
     let now = client.read(0, first.len() as u32).expect("a read");
-    assert!(now == first && before != first, "rolled back under a client");
+    assert!(
+        now == first && before != first,
+        "rolled back under a client"
+    );
     assert!(scene.contents("vm") == first);
     assert!(scene.contents("top@second") == second, "the other stays");
     assert!(!scene.exists("a.vm@first.cow") && scene.exists("a.top@second.cow"));
@@ -201,7 +204,12 @@ fn several_are_taken_and_removed_in_one_order_or_none_of_them() {
     scene.done(&["snapshot", "create", "vm@a@b"]);
     let all = ["served@a", "other@a", "vm@a", "vm@a@b"];
     assert_eq!(scene.snapshots(), all);
-    let stores = ["b.other@a.cow", "served.a.cow", "a.vm@a.cow", "a.vm@a@b.cow"];
+    let stores = [
+        "b.other@a.cow",
+        "served.a.cow",
+        "a.vm@a.cow",
+        "a.vm@a@b.cow",
+    ];
     assert!(stores.iter().all(|store| scene.exists(store)));
     // The last of each cannot be taken.
     std::fs::write(scene.path("served.x.cow"), b"precious").expect("a file");
@@ -226,7 +234,10 @@ fn several_are_taken_and_removed_in_one_order_or_none_of_them() {
         assert_eq!(scene.ok(&["ls"]).lines().count(), 7, "{order:?}");
     }
     // What is there is no new store, be it one.
-    for (cow, what) in [("a.vm@a@b.cow", "a disk under mapped devices"), ("served.x.cow", "is no place")] {
+    for (cow, what) in [
+        ("a.vm@a@b.cow", "a disk under mapped devices"),
+        ("served.x.cow", "is no place"),
+    ] {
         let create = ["snapshot", "create", "vm@x", "--cow", &scene.path(cow)];
         let line = scene.refused(&create);
         assert!(line.contains(what), "{line}");
@@ -239,13 +250,18 @@ fn several_are_taken_and_removed_in_one_order_or_none_of_them() {
     for (order, why) in [
         (&["vm@a"][..], "vm@a@b"),
         (&["vm@a@b", "vm@nosuch"], "there is no snapshot vm@nosuch"),
-        (&["vm@a@b", "served@nosuch"], "there is no snapshot served@nosuch"),
+        (
+            &["vm@a@b", "served@nosuch"],
+            "there is no snapshot served@nosuch",
+        ),
     ] {
         let line = scene.refused(&[&["snapshot", "remove"], order].concat());
         assert!(line.contains(why), "{order:?}: {line}");
         assert_eq!(scene.snapshots(), all, "{order:?}");
     }
-    let remove = ["snapshot", "remove", "vm@a", "vm@a@b", "other@a", "served@a"];
+    let remove = [
+        "snapshot", "remove", "vm@a", "vm@a@b", "other@a", "served@a",
+    ];
     let gone = scene.done(&[&remove[..], &["--delete-cow"]].concat());
     assert_eq!(names(&gone).len(), 4);
     assert!(scene.snapshots().is_empty());
@@ -263,12 +279,18 @@ fn what_mapped_devices_do_not_do_is_refused_with_what_does_it() {
     let scene = Scene::new("refused");
     scene.done(&["snapshot", "create", "vm@a", "served@a"]);
     for (order, why) in [
-        (&["snapshot", "extend", "vm@a", "--size", "1G"][..], "dm load vm@a"),
+        (
+            &["snapshot", "extend", "vm@a", "--size", "1G"][..],
+            "dm load vm@a",
+        ),
         (&["snapshot", "cancel", "vm@a"], "no merge of vm@a waits"),
         (&["volume", "remove", "vm"], "dm remove vm"),
         (&["volume", "resize", "vm"], "dm load vm"),
         (&["suspend", "vm", "--timeout", "3"], "--timeout"),
-        (&["suspend", "vm", "nosuch"], "no volume is named \"nosuch\""),
+        (
+            &["suspend", "vm", "nosuch"],
+            "no volume is named \"nosuch\"",
+        ),
         (&["suspend", "served", "vm", "vm"], "named twice"),
         (&["resume", "served", "vm"], "not suspended"),
     ] {

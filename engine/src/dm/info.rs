@@ -159,7 +159,7 @@ impl Mapper {
                 let mut others = left.iter().filter(|&&other| other != id);
                 !others.any(|&other| self.stands_on(Lower::Device(other), Lower::Device(id)))
             };
-            let top = left.iter().position(|id| is_top(id));
+            let top = left.iter().position(is_top);
             ways.push(left.remove(top.expect("none stands on itself")));
         }
         ways

@@ -115,7 +115,11 @@ impl Mapper {
         self.may_merge_beside(origin, None)
     }
 
-    pub(super) fn may_merge_beside(&self, origin: Lower, own: Option<SnapshotId>) -> Result<(), Refused> {
+    pub(super) fn may_merge_beside(
+        &self,
+        origin: Lower,
+        own: Option<SnapshotId>,
+    ) -> Result<(), Refused> {
         let level = self.level_of(origin);
         let merging = level.and_then(|key| self.levels[key].volume.merging());
         let why = if merging.is_some() && merging != own {

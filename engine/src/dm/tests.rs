@@ -417,7 +417,7 @@ fn the_last_chunk_is_copied_as_far_as_the_origin_goes() {
         let allocated = if copied == 0 { first } else { first + 1 } * CHUNK;
         assert_eq!(rig.status(id), format!("{allocated}/400 32"));
         let kept = sectors(rig.bytes(cow))[(first * CHUNK) as usize..][..16].to_vec();
-        let new = by_snapshot.then_some(at..at + len).unwrap_or_default();
+        let new = if by_snapshot { at..at + len } else { 0..0 };
         let wanted = (48..64).map(|sector| match sector {
             _ if sector - 48 >= copied => 0,
             _ if new.contains(&sector) => NEW,

@@ -50,7 +50,10 @@ mod tests {
                 "(Permission denied (os error 13)); Input/output error (os error 5): twice",
                 "(Permission denied); Input/output error: twice",
             ),
-            ("/a (os error x)/b (os error 2", "/a (os error x)/b (os error 2"),
+            (
+                "/a (os error x)/b (os error 2",
+                "/a (os error x)/b (os error 2",
+            ),
         ] {
             assert_eq!(plain(reason), said);
         }

@@ -465,12 +465,24 @@ fn senseless_lines_are_refused_in_dmsetups_words() {
         (&["ls", "-Z"], "invalid option -- 'Z'"),
         (&["ls", "-yZ"], "invalid option -- 'Z'"),
         (&["info", "-cx"], "invalid option -- 'x'"),
-        (&["create", "x", "--table"], "option '--table' requires an argument"),
-        (&["info", "-c", "--separator"], "option '--separator' requires an argument"),
-        (&["info", "--force=1", "x"], "option '--force' doesn't allow an argument"),
+        (
+            &["create", "x", "--table"],
+            "option '--table' requires an argument",
+        ),
+        (
+            &["info", "-c", "--separator"],
+            "option '--separator' requires an argument",
+        ),
+        (
+            &["info", "--force=1", "x"],
+            "option '--force' doesn't allow an argument",
+        ),
         (&["LS"], "Unknown command.\nUsage: nbdsnap dm COMMAND "),
         (&[], "Usage: nbdsnap dm COMMAND "),
-        (&["info", "-m", "x"], "invalid value 'x' for '--minor <MINOR>'"),
+        (
+            &["info", "-m", "x"],
+            "invalid value 'x' for '--minor <MINOR>'",
+        ),
     ] {
         let line = ["nbdsnap", "dm"].iter().chain(words);
         let error = Cli::try_parse_from(line).expect_err("a senseless line");

@@ -13,8 +13,8 @@ use nbdsnap_engine::StoreKind;
 use nbdsnap_engine::dm::{DeviceId, Lower};
 use nbdsnap_format::{ChunkSize, SECTOR_BYTES};
 
-use super::views::{letters, origin_below};
 use super::Failed;
+use super::views::{letters, origin_below};
 use crate::control::dm::{DeviceName, TextLine};
 use crate::control::protocol::{
     Answer, EventKind, SnapshotCreate, SnapshotName, StoreLimit, WhenFull,

@@ -46,7 +46,8 @@ impl Turn<'_> {
             return None;
         }
         let mapped = &self.registry.mapped;
-        let is_about = |name: &SnapshotName| mapped.has(&name.to_string()) || mapped.has(&name.volume);
+        let is_about =
+            |name: &SnapshotName| mapped.has(&name.to_string()) || mapped.has(&name.volume);
         let any_about = |names: &[SnapshotName]| names.iter().any(is_about);
         let any_device = |names: &[String]| names.iter().any(|name| mapped.has(name));
         Some(match order {
@@ -206,7 +207,8 @@ impl Turn<'_> {
 
     fn remove_on_mapped(&mut self, remove: &SnapshotRemove) -> Result<Answer, Refused> {
         let mapped = &self.registry.mapped;
-        let is_about = |name: &SnapshotName| mapped.has(&name.to_string()) || mapped.has(&name.volume);
+        let is_about =
+            |name: &SnapshotName| mapped.has(&name.to_string()) || mapped.has(&name.volume);
         let (names, served): (Vec<_>, Vec<_>) =
             remove.snapshots.iter().cloned().partition(is_about);
         let mut leaving = Vec::new();

@@ -11,8 +11,8 @@ use nbdsnap_engine::{
     Access, Action, Command, DiskError, OpenError, Outcome, Store, StoreIo, StoreKind, StoreSize,
     StoreSpec,
 };
-use nbdsnap_format::{ChunkSize, SECTOR_BYTES};
 use nbdsnap_format::header::HeaderError;
+use nbdsnap_format::{ChunkSize, SECTOR_BYTES};
 
 use super::{Done, PATIENCE, refused};
 use crate::io::{MAPPED_SHARD, Shard};
