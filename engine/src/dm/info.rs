@@ -1,6 +1,6 @@
 //! What there is to tell of devices.
 
-use super::device::{Course, Mapped, Table};
+use super::device::{Course, Device, Mapped, Table};
 use super::{DeviceId, Lower, Mapper, Persistence, Refused, Target};
 use crate::store::Status;
 
@@ -140,13 +140,11 @@ impl Mapper {
         }
     }
 
-    /// The devices by which requests come to what `origins` lie on, and that let them
-    /// through: those that stand on others before these. While they stand still, nothing
-    /// there changes.
+    /// The devices by which requests come to what `origins` lie on, those that stand on
+    /// others before these. While they stand still, nothing there changes.
     pub fn ways_to(&self, origins: &[Lower]) -> Vec<DeviceId> {
-        let devices = self.devices.iter().filter(|(_, device)| {
-            !device.leaving && device.live.is_some() && device.course != Course::Suspended
-        });
+        let is_there = |device: &Device| !device.leaving && device.live.is_some();
+        let devices = self.devices.iter().filter(|(_, device)| is_there(device));
         let leads_there = |id: DeviceId| {
             let mut origins = origins.iter();
             origins.any(|&origin| self.overlap(Lower::Device(id), origin))

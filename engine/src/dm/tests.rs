@@ -426,3 +426,25 @@ fn the_last_chunk_is_copied_as_far_as_the_origin_goes() {
         assert_eq!(kept, wanted.collect::<Vec<_>>(), "{origin} {at} {len}");
     }
 }
+
+#[test]
+fn the_ways_to_an_origin_are_what_shares_its_bytes_from_the_top_down() {
+    let mut rig = Rig::new(11);
+    let (disk, cow) = (rig.disk(64), rig.empty_disk(400));
+    let (low, lower) = rig.device("low", vec![line(0, 32, linear(disk, 0))]);
+    let origin = Target::SnapshotOrigin { origin: lower };
+    let (top, upper) = rig.device("top", vec![line(0, 32, origin)]);
+    let (half, _) = rig.device("half", vec![line(0, 8, linear(disk, 24))]);
+    let (other, beside) = rig.device("other", vec![line(0, 32, linear(disk, 32))]);
+    let snapshot = Target::Snapshot(pair(lower, cow, 4));
+    let (snap, view) = rig.device("snap", vec![line(0, 32, snapshot)]);
+    let (above, _) = rig.device("above", vec![line(0, 8, linear(view, 0))]);
+    rig.create("empty");
+    let ways = |rig: &Rig, origin| rig.mapper.ways_to(&[origin]);
+    assert_eq!(ways(&rig, lower), [top, low, half]);
+    assert_eq!(ways(&rig, upper), [top, low, half]);
+    assert_eq!(ways(&rig, beside), [other]);
+    assert_eq!(ways(&rig, view), [above, snap]);
+    assert_eq!(ways(&rig, disk), [top, low, half, other]);
+    assert_eq!(rig.mapper.ways_to(&[beside, view]), [other, above, snap]);
+}

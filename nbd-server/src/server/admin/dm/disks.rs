@@ -81,6 +81,11 @@ impl DmDisks {
         merge.filter(|merge| merge.name == info.name)
     }
 
+    /// The end of a device's merge is still to be seen to.
+    pub(super) fn has_merge(&self, id: DeviceId) -> bool {
+        self.merges.contains_key(&id)
+    }
+
     /// There are merges whose end is to be seen to.
     pub(in crate::server::admin) fn has_merges(&self) -> bool {
         !self.merges.is_empty()

@@ -197,11 +197,8 @@ impl Turn<'_> {
 
     /// What is lost shows nothing that a snapshot could keep.
     fn check_not_lost(&mut self, name: &SnapshotName, device: DeviceId) -> Result<(), Refused> {
-        let lines = self.mapped(move |mapped| mapped.mapper().table(device, false))?;
-        let is_lost = |status| status == Some(nbdsnap_engine::Status::Invalid);
-        let is_lost = lines.is_ok_and(|lines| lines.iter().any(|line| is_lost(line.status)));
         let of = crate::names::origin(&name.snapshot);
-        match (is_lost, of) {
+        match (self.is_lost(device)?, of) {
             (false, _) => Ok(()),
             (true, Some(of)) => Err(Refused::OfLost(SnapshotName {
                 volume: name.volume.clone(),
@@ -254,8 +251,24 @@ impl Turn<'_> {
         }
         for one in ready {
             self.stand_still(&one.device(), false)?;
+            self.check_taken(one)?;
         }
         Ok(())
+    }
+
+    /// Its device goes on even where its origin could not be flushed for the instant.
+    fn check_taken(&mut self, one: &Ready) -> Result<(), Refused> {
+        let device = self.dm_device(&one.device())?;
+        if self.is_lost(device)? {
+            return Err(Refused::FlushFailed(of(&one.name)));
+        }
+        Ok(())
+    }
+
+    fn is_lost(&mut self, device: DeviceId) -> Result<bool, Refused> {
+        let lines = self.mapped(move |mapped| mapped.mapper().table(device, false))?;
+        let is_lost = |status| status == Some(nbdsnap_engine::Status::Invalid);
+        Ok(lines.is_ok_and(|lines| lines.iter().any(|line| is_lost(line.status))))
     }
 
     /// Have the devices stand still by which requests come to `origins`.
@@ -264,7 +277,7 @@ impl Turn<'_> {
             let mapper = mapped.mapper();
             let ways = mapper.ways_to(&origins).into_iter();
             let ways = ways.filter_map(|id| mapper.info(id).ok());
-            ways.collect::<Vec<_>>()
+            ways.filter(|one| !one.suspended).collect::<Vec<_>>()
         })?;
         if let Some(one) = ways.iter().find(|one| one.inactive_table) {
             let name = &one.name;

@@ -7,9 +7,9 @@
 //! A snapshot is named by its device, `VOLUME@NAME`, or, where that is called otherwise,
 //! by what it was taken of and the device.
 
-use nbdsnap_engine::dm::{DeviceInfo, Lower, Pair, TableLine, Target};
+use nbdsnap_engine::dm::{DeviceInfo, Line, Lower, Pair, TableLine, Target};
 
-use super::views::{Seen, kind, letters};
+use super::views::Seen;
 use super::{Done, Failed};
 use crate::control::dm::{DeviceName, DmOrder, TextLine};
 use crate::control::protocol::{
@@ -17,6 +17,7 @@ use crate::control::protocol::{
     SnapshotReport,
 };
 use crate::disks::shown;
+use crate::dm::text;
 use crate::names;
 use crate::server::admin::refusal::Refused;
 use crate::server::admin::turn::Turn;
@@ -165,25 +166,15 @@ impl Turn<'_> {
         )))
     }
 
-    /// A line of a snapshot's table, for another target.
-    pub(super) fn line_of(&self, found: &Found, target: &str) -> TextLine {
-        let kind = letters(kind(found.pair.persistence));
-        let (origin, cow) = (
-            self.dm.text_of(found.pair.origin),
-            self.dm.text_of(found.pair.cow),
-        );
-        let quote = crate::dm::params::quote;
-        TextLine {
+    /// A snapshot's line of a table, with this target.
+    pub(super) fn line_of(&self, found: &Found, target: Target) -> TextLine {
+        let line = Line {
             start: found.line.start,
             len: found.line.len,
-            target: target.into(),
-            params: format!(
-                "{} {} {kind} {}",
-                quote(&origin),
-                quote(&cow),
-                found.pair.chunk
-            ),
-        }
+            target,
+        };
+        let mut lines = text::print(&[line], &|lower| self.dm.text_of(lower));
+        lines.pop().expect("a line of text for each")
     }
 
     /// Suspend a device, or have it go on.

@@ -35,7 +35,7 @@ impl Turn<'_> {
         }
         self.check_merge(merge, &found)?;
         let (id, name) = (found.info.id, found.info.name.clone());
-        let line = self.line_of(&found, "snapshot-merge");
+        let line = self.line_of(&found, Target::SnapshotMerge(found.pair.clone()));
         let begun = DmMerge {
             name: name.clone(),
             delete_cow: merge.delete_cow,
@@ -151,6 +151,10 @@ impl Turn<'_> {
         };
         let device = crate::control::dm::DeviceName::Name(name.clone());
         if let Err(failed) = self.dm_remove(&device, true) {
+            if !self.dm.has_merge(id) {
+                // Another order has seen to it at the same time.
+                return;
+            }
             let why = Refused::from(failed);
             tracing::warn!(device = name, "it is merged, and cannot be removed: {why}");
             return;
@@ -201,7 +205,8 @@ impl Turn<'_> {
             )));
         }
         let device = found.device();
-        let (line, cow) = (self.line_of(&found, "snapshot"), found.pair.cow);
+        let line = self.line_of(&found, Target::Snapshot(found.pair.clone()));
+        let cow = found.pair.cow;
         let nothing = TextLine {
             target: "error".into(),
             params: String::new(),

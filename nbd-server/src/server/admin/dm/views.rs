@@ -402,7 +402,7 @@ pub(super) fn origin_below(lines: &[TableLine]) -> Option<Lower> {
     }
 }
 
-pub(super) fn kind(persistence: Persistence) -> StoreKind {
+fn kind(persistence: Persistence) -> StoreKind {
     match persistence {
         Persistence::Persistent => StoreKind::Persistent,
         Persistence::PersistentOverflow => StoreKind::PersistentOverflow,
