@@ -260,7 +260,10 @@ fn bad_tables_are_refused_as_dmsetup_does_and_change_nothing() {
         ),
         ("0 8 linear /dev/mapper/high 0", "stand on itself"),
         ("0 8 linear /dev/mapper/low 0", "stand on itself"),
-        ("0 8 linear relative 0", "paths begin with a slash"),
+        (
+            "0 8 linear relative 0",
+            "a file is named by a path: ./relative",
+        ),
     ] {
         let finished = scene.dm(&["load", "low", "--table", &table(bad)]);
         assert_eq!(finished.code, Some(1), "{bad}: {finished}");

@@ -1,6 +1,6 @@
 //! Snapshots under traffic, again and again: fio verifies its own writes on two
 //! connections while snapshots are taken, read and removed; and snapshots of
-//! several volumes are of one instant.
+//! several volumes, and of mapped devices among them, are of one instant.
 //!
 //! A normal run plays a few rounds; `NBDSNAP_LONG` plays a hundred.
 
@@ -150,6 +150,28 @@ fn three_disks(folder: &Path) -> Serve {
     serve
 }
 
+/// The first and the last are mapped devices, through one of which a writer comes from
+/// above.
+fn map_two(mut serve: Serve, folder: &Path) -> Server {
+    let image = |disk| folder.join(format!("{disk}.img"));
+    for disk in DISKS {
+        sparse_file(&image(disk), MIB + DIRT as u64);
+    }
+    serve.control_in(folder).arg("--threads").arg("3");
+    serve.disk("b", &image("b"));
+    let server = serve.start();
+    let sectors = (MIB + DIRT as u64) / 512;
+    let map = |name: &str, table: &str| {
+        let table = format!("0 {sectors} {table}");
+        let dm = server.order(["dm", "create", name, "--table", &table]);
+        assert_eq!(dm.ok().text(), "");
+    };
+    map("a", &format!("linear {} 0", image("a").display()));
+    map("below", &format!("linear {} 0", image("c").display()));
+    map("c", "snapshot-origin /dev/mapper/below");
+    server
+}
+
 /// Bytes behind the number that are written before each group.
 const DIRT: usize = 2 << 20;
 
@@ -220,6 +242,38 @@ fn mutant_that_holds_one_volume_at_a_time_is_found() {
     let server = three_disks(folder.path())
         .mutant_named("GroupOneByOne")
         .start();
+    let writer = Counter::start(&server);
+    let found = (1..=GROUPS).find_map(|round| {
+        let shown = numbers_of_a_group(&server, &writer, true);
+        (!is_one_instant(shown)).then_some((round, shown))
+    });
+    let (round, shown) = found.expect("a group that is not of one instant");
+    println!("GroupOneByOne: found in round {round}: {shown:?}");
+    writer.stop();
+    server.stop();
+}
+
+#[test]
+fn mapped_devices_and_volumes_are_one_instant_too() {
+    let folder = folder();
+    let server = map_two(Serve::on_socket_in(folder.path()), folder.path());
+    let writer = Counter::start(&server);
+    let rounds = rounds(GROUPS);
+    for round in 0..rounds {
+        let shown = numbers_of_a_group(&server, &writer, round % 2 == 0);
+        assert!(is_one_instant(shown), "round {round}: {shown:?}");
+    }
+    println!("{rounds} groups, each of one instant");
+    writer.stop();
+    server.stop();
+}
+
+#[test]
+fn mutant_that_holds_no_mapped_device_is_found() {
+    let folder = folder();
+    let mut serve = Serve::on_socket_in(folder.path());
+    serve.mutant_named("GroupOneByOne");
+    let server = map_two(serve, folder.path());
     let writer = Counter::start(&server);
     let found = (1..=GROUPS).find_map(|round| {
         let shown = numbers_of_a_group(&server, &writer, true);

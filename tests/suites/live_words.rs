@@ -96,6 +96,17 @@ fn the_help_pages_are_what_they_were() {
     }
 }
 
+/// The words of a shell's line; those in single quotes are one.
+fn words(line: &str) -> Vec<&str> {
+    let pieces = line.split('\'').enumerate();
+    let words = pieces.flat_map(|(place, piece)| {
+        let quoted = (place % 2 == 1).then_some(piece);
+        let plain = piece.split_whitespace().filter(move |_| place % 2 == 0);
+        quoted.into_iter().chain(plain)
+    });
+    words.collect()
+}
+
 /// Orders and what came of them, as on a terminal.
 struct Transcript<'a> {
     server: &'a Server,
@@ -104,7 +115,7 @@ struct Transcript<'a> {
 
 impl Transcript<'_> {
     fn order(&mut self, line: &str) {
-        let done = self.server.order(line.split_whitespace());
+        let done = self.server.order(words(line));
         let (out, code) = (done.text(), done.code);
         let said = &mut self.text;
         said.extend(["$ nbdsnap ", line, "\n", &out, &done.stderr]);
@@ -221,6 +232,97 @@ fn the_words_about_snapshots_of_snapshots_are_what_they_were() {
         "events",
     ]);
     expect(&told.text, "trees", Some(folder.path()));
+    server.stop();
+}
+
+#[test]
+fn the_words_of_dm_are_what_they_were() {
+    let folder = folder();
+    let mut serve = Serve::on_socket_in(folder.path());
+    let server = serve.control_in(folder.path()).start();
+    for file in ["a", "cow"] {
+        sparse_file(&folder.path().join(file), 4 << 20);
+    }
+    let text = String::new();
+    let mut told = Transcript {
+        server: &server,
+        text,
+    };
+    let (a, cow) = (folder.path().join("a"), folder.path().join("cow"));
+    let (a, cow) = (a.display(), cow.display());
+    told.order(&format!("dm create low --table '0 4096 linear {a} 0'"));
+    told.order(&format!(
+        "dm create snap --uuid SNAP-1 --table '0 4096 snapshot /dev/mapper/low {cow} p 8'"
+    ));
+    told.order(&format!(
+        "dm create bad --table '0 4096 snapshot {cow} {cow} p 8'"
+    ));
+    told.order("dm create bad --table '0 8 linear /nowhere 0'");
+    told.order(&format!(
+        "dm create bad --table '0 4096 snapshot-merge /dev/mapper/low {a} n 8'"
+    ));
+    told.orders(&[
+        "dm create low --notable",
+        "dm create a/b --notable",
+        "dm create top --notable",
+        "dm load top --table '0 4096 snapshot-origin /dev/mapper/low'",
+        "dm load top --table '0 4096 nosuch'",
+        "dm load nosuch --table '0 8 zero'",
+        "dm load top --table '0 8'",
+        "dm info top",
+        "dm info top --inactive",
+        "dm table top --inactive",
+        "dm resume top",
+        "dm resume nosuch",
+        "dm suspend top",
+        "dm suspend nosuch top",
+        "dm info",
+        "dm info nosuch",
+        "dm info -c",
+        "dm info -c -o name,nosuch",
+        "dm resume top",
+        "dm table",
+        "dm table nosuch",
+        "dm status",
+        "dm status nosuch",
+        "dm status --target snapshot",
+        "dm ls",
+        "dm ls --target snapshot",
+        "dm ls -o nosuch",
+        "dm deps",
+        "dm deps nosuch",
+        "dm rename snap past",
+        "dm rename past top",
+        "dm rename past",
+        "dm rename nosuch x",
+        "dm rename past --setuuid SNAP-2",
+        "dm load past --table '0 8 zero'",
+        "dm clear past",
+        "dm clear nosuch",
+        "dm wait past 7",
+        "dm wait nosuch",
+        "dm remove low",
+        "dm remove nosuch",
+        "dm remove past top",
+        "dm wipe_table low",
+        "dm wipe_table nosuch",
+        "dm targets",
+        "dm target-version snapshot nosuch",
+        "dm version",
+        "dm message low 0 hello",
+        "dm mknodes",
+        "dm mangle low",
+        "dm remove_all",
+        "dm ls",
+        "dm nosuch",
+        "dm ls --nosuch",
+        "dm ls -Z",
+        "dm info --force=1",
+        "dm info -j 999 -m x",
+        "dm info -j 999",
+        "dm targets x",
+    ]);
+    expect(&told.text, "dm", Some(folder.path()));
     server.stop();
 }
 

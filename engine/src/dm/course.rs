@@ -158,9 +158,7 @@ impl Mapper {
             return;
         };
         self.snaps[snap].body = Body::There { level: key, id };
-        // The kernel looks at the length of the device, not at that of the line.
-        let bytes = self.snaps[snap].bytes;
-        self.levels[key].volume.set_snapshot_bytes(id, bytes);
+        self.set_lengths(snap);
         if self.snaps[snap].merges {
             self.begin_merge(snap);
         }
@@ -383,13 +381,17 @@ impl Mapper {
         Ok(())
     }
 
-    /// Origins that have become larger.
+    /// Origins that have become larger, and what that means for their snapshots.
     fn grow_levels(&mut self) {
         let keys: Vec<_> = self.levels.iter().map(|(key, _)| key).collect();
         for key in keys {
             let bytes = self.bytes_of(self.levels[key].origin);
             // One that has become smaller fails where it is no more.
             let _ = self.levels[key].volume.grow_origin(bytes);
+        }
+        let snaps: Vec<_> = self.snaps.iter().map(|(snap, _)| snap).collect();
+        for snap in snaps {
+            self.set_lengths(snap);
         }
     }
 
@@ -409,7 +411,6 @@ impl Mapper {
         }
         let level = self.level_of(snap.origin);
         let merging = level.and_then(|key| self.levels[key].volume.merging());
-        let is_own = |id| snap.place().map(|(_, own)| own) == Some(id);
         if let Body::Loaded(_) = snap.body {
             if merging.is_some() {
                 return refuse("A snapshot is already merging.");
@@ -418,33 +419,18 @@ impl Mapper {
                 return refuse("COW device lies on what its own origin's snapshots keep");
             }
         }
-        if snap.merges && merging.is_some_and(|id| !is_own(id)) {
-            return refuse("A snapshot is already merging.");
-        }
-        if snap.merges && self.is_covered_above(snap.origin) {
-            return refuse(
-                "the origin is part of another origin, which was taken snapshots of later",
-            );
+        if snap.merges {
+            let own = snap.place().map(|(_, own)| own);
+            self.may_merge_beside(snap.origin, own)?;
         }
         Ok(())
     }
 
-    fn level_of(&self, origin: Lower) -> Option<LevelKey> {
+    pub(super) fn level_of(&self, origin: Lower) -> Option<LevelKey> {
         let mut levels = self.levels.iter();
         levels
             .find(|(_, level)| level.origin == origin && !level.is_closing)
             .map(|(key, _)| key)
-    }
-
-    /// Whether a volume that came later covers some of the origin: it would see a
-    /// rollback as something that it has to keep, or not at all.
-    fn is_covered_above(&self, origin: Lower) -> bool {
-        let Some(own) = self.level_of(origin) else {
-            return false;
-        };
-        let order = self.levels[own].order;
-        let mut later = self.levels.iter().filter(|(_, level)| level.order > order);
-        later.any(|(_, level)| self.overlap(level.origin, origin))
     }
 
     /// A snapshot comes to work: by taking over from another, or into its volume.

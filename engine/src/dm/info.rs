@@ -1,6 +1,6 @@
 //! What there is to tell of devices.
 
-use super::device::{Course, Mapped, Table};
+use super::device::{Course, Device, Mapped, Table};
 use super::{DeviceId, Lower, Mapper, Persistence, Refused, Target};
 use crate::store::Status;
 
@@ -33,6 +33,10 @@ pub struct DeviceInfo {
     pub deferred_remove: bool,
     /// Lines of its active table.
     pub target_count: usize,
+    /// The table that waits is read-only.
+    pub inactive_read_only: bool,
+    /// Lines of the table that waits.
+    pub inactive_target_count: usize,
 }
 
 /// A line of a table as it is in use: what a snapshot's store is like is the store's
@@ -62,7 +66,8 @@ impl Mapper {
     /// One device.
     pub fn info(&self, id: DeviceId) -> Result<DeviceInfo, Refused> {
         let device = self.device(id)?;
-        let live = device.live.as_ref();
+        let (live, inactive) = (device.live.as_ref(), device.inactive.as_ref());
+        let lines = |table: &Table| table.lines.len();
         Ok(DeviceInfo {
             id,
             name: device.name.clone(),
@@ -73,10 +78,12 @@ impl Mapper {
             event_nr: device.event_nr,
             suspended: device.course == Course::Suspended,
             live_table: live.is_some(),
-            inactive_table: device.inactive.is_some(),
+            inactive_table: inactive.is_some(),
             read_only: live.is_some_and(|table| table.read_only),
             deferred_remove: device.deferred_remove,
-            target_count: live.map_or(0, |table| table.lines.len()),
+            target_count: live.map_or(0, lines),
+            inactive_read_only: inactive.is_some_and(|table| table.read_only),
+            inactive_target_count: inactive.map_or(0, lines),
         })
     }
 
@@ -131,6 +138,29 @@ impl Mapper {
             target,
             status: mapped.snap.map(|key| self.snap_status(key)),
         }
+    }
+
+    /// The devices by which requests come to what `origins` lie on, those that stand on
+    /// others before these. While they stand still, nothing there changes.
+    pub fn ways_to(&self, origins: &[Lower]) -> Vec<DeviceId> {
+        let is_there = |device: &Device| !device.leaving && device.live.is_some();
+        let devices = self.devices.iter().filter(|(_, device)| is_there(device));
+        let leads_there = |id: DeviceId| {
+            let mut origins = origins.iter();
+            origins.any(|&origin| self.overlap(Lower::Device(id), origin))
+        };
+        let mut left: Vec<DeviceId> = devices.map(|(&id, _)| id).collect();
+        left.retain(|&id| leads_there(id));
+        let mut ways = Vec::with_capacity(left.len());
+        while !left.is_empty() {
+            let is_top = |&id: &DeviceId| {
+                let mut others = left.iter().filter(|&&other| other != id);
+                !others.any(|&other| self.stands_on(Lower::Device(other), Lower::Device(id)))
+            };
+            let top = left.iter().position(is_top);
+            ways.push(left.remove(top.expect("none stands on itself")));
+        }
+        ways
     }
 
     /// Clients, and other devices' tables.

@@ -2,6 +2,7 @@
 //! one, from the load of its table to the end of it. Where its exceptions are is
 //! its body, which goes from one to another when a COW store changes hands.
 
+use super::orders::{Errno, Refused};
 use super::{LevelKey, Lower, Mapper, Persistence, SnapKey};
 use crate::request::SnapshotId;
 use crate::store::{Status, Store};
@@ -109,6 +110,39 @@ impl Mapper {
         self.snaps.iter().any(|(_, snap)| merges(snap))
     }
 
+    /// Whether a snapshot of `origin` can be merged now, as far as others are concerned.
+    pub fn may_merge(&self, origin: Lower) -> Result<(), Refused> {
+        self.may_merge_beside(origin, None)
+    }
+
+    pub(super) fn may_merge_beside(
+        &self,
+        origin: Lower,
+        own: Option<SnapshotId>,
+    ) -> Result<(), Refused> {
+        let level = self.level_of(origin);
+        let merging = level.and_then(|key| self.levels[key].volume.merging());
+        let why = if merging.is_some() && merging != own {
+            "A snapshot is already merging."
+        } else if self.is_covered_above(origin) {
+            "the origin is part of another origin, which was taken snapshots of later"
+        } else {
+            return Ok(());
+        };
+        Err(Refused::new(Errno::Invalid, why))
+    }
+
+    /// Whether a volume that came later covers some of the origin: it would see a
+    /// rollback as something that it has to keep, or not at all.
+    fn is_covered_above(&self, origin: Lower) -> bool {
+        let Some(own) = self.level_of(origin) else {
+            return false;
+        };
+        let order = self.levels[own].order;
+        let mut later = self.levels.iter().filter(|(_, level)| level.order > order);
+        later.any(|(_, level)| self.overlap(level.origin, origin))
+    }
+
     /// The exceptions go from one to the other.
     pub(super) fn hand_over(&mut self, source: SnapKey, heir: SnapKey) {
         let (from, to) = self
@@ -119,9 +153,17 @@ impl Mapper {
         std::mem::swap(&mut to.persistence, &mut from.persistence);
         std::mem::swap(&mut to.chunk, &mut from.chunk);
         std::mem::swap(&mut to.overflowed, &mut from.overflowed);
-        if let Some((level, id)) = to.place() {
+        self.set_lengths(heir);
+    }
+
+    /// Have the volume know how long a snapshot is. The kernel looks at the length of
+    /// the device, not at that of the line.
+    pub(super) fn set_lengths(&mut self, key: SnapKey) {
+        let snap = &self.snaps[key];
+        let device_bytes = self.bytes_of(snap.origin);
+        if let Some((level, id)) = snap.place() {
             let volume = &mut self.levels[level].volume;
-            volume.set_snapshot_bytes(id, to.bytes);
+            volume.set_snapshot_bytes(id, snap.bytes, device_bytes);
         }
     }
 

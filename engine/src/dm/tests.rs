@@ -383,3 +383,68 @@ fn a_snapshot_that_is_shorter_than_its_origin_keeps_nothing_behind_its_end() {
     assert_eq!(rig.status(id), "16/400 8");
     assert_eq!(rig.read(view), frozen);
 }
+
+/// What the kernel left in a store (Linux 6.1, chunks of 16 sectors, a snapshot of 60
+/// sectors): of the last chunk everything that the origin has, behind the snapshot's
+/// end too.
+#[test]
+fn the_last_chunk_is_copied_as_far_as_the_origin_goes() {
+    const CHUNK: u64 = 16;
+    const NEW: u8 = 250;
+    // The origin's length; who writes, from where on, how many sectors; how many sectors
+    // of the last chunk the store had then.
+    for (origin, by_snapshot, at, len, copied) in [
+        (128, false, 48, 1, 16),
+        (128, false, 48, 16, 16),
+        (128, false, 50, 40, 16),
+        (128, false, 60, 20, 0),
+        (60, false, 48, 1, 12),
+        (62, false, 48, 4, 14),
+        (62, false, 60, 2, 0),
+        (128, true, 48, 1, 16),
+        (128, true, 48, 12, 16),
+        (128, true, 32, 28, 16),
+        (62, true, 48, 12, 14),
+        (62, true, 59, 1, 14),
+    ] {
+        let mut rig = Rig::new(at + len);
+        let (disk, cow) = (rig.disk(origin), rig.empty_disk(400));
+        let short = vec![line(0, 60, Target::Snapshot(pair(disk, cow, CHUNK)))];
+        let (id, view) = rig.device("short", short);
+        rig.write(if by_snapshot { view } else { disk }, at, len, NEW);
+        // Behind the header and an area; a chunk before it may have been written too.
+        let first = if at < 48 { 3 } else { 2 };
+        let allocated = if copied == 0 { first } else { first + 1 } * CHUNK;
+        assert_eq!(rig.status(id), format!("{allocated}/400 32"));
+        let kept = sectors(rig.bytes(cow))[(first * CHUNK) as usize..][..16].to_vec();
+        let new = if by_snapshot { at..at + len } else { 0..0 };
+        let wanted = (48..64).map(|sector| match sector {
+            _ if sector - 48 >= copied => 0,
+            _ if new.contains(&sector) => NEW,
+            _ => sector as u8,
+        });
+        assert_eq!(kept, wanted.collect::<Vec<_>>(), "{origin} {at} {len}");
+    }
+}
+
+#[test]
+fn the_ways_to_an_origin_are_what_shares_its_bytes_from_the_top_down() {
+    let mut rig = Rig::new(11);
+    let (disk, cow) = (rig.disk(64), rig.empty_disk(400));
+    let (low, lower) = rig.device("low", vec![line(0, 32, linear(disk, 0))]);
+    let origin = Target::SnapshotOrigin { origin: lower };
+    let (top, upper) = rig.device("top", vec![line(0, 32, origin)]);
+    let (half, _) = rig.device("half", vec![line(0, 8, linear(disk, 24))]);
+    let (other, beside) = rig.device("other", vec![line(0, 32, linear(disk, 32))]);
+    let snapshot = Target::Snapshot(pair(lower, cow, 4));
+    let (snap, view) = rig.device("snap", vec![line(0, 32, snapshot)]);
+    let (above, _) = rig.device("above", vec![line(0, 8, linear(view, 0))]);
+    rig.create("empty");
+    let ways = |rig: &Rig, origin| rig.mapper.ways_to(&[origin]);
+    assert_eq!(ways(&rig, lower), [top, low, half]);
+    assert_eq!(ways(&rig, upper), [top, low, half]);
+    assert_eq!(ways(&rig, beside), [other]);
+    assert_eq!(ways(&rig, view), [above, snap]);
+    assert_eq!(ways(&rig, disk), [top, low, half, other]);
+    assert_eq!(rig.mapper.ways_to(&[beside, view]), [other, above, snap]);
+}

@@ -60,10 +60,15 @@ impl Volume {
     /// A snapshot is so long from now on, at most as long as the origin: writes behind
     /// its end are no concern of it. One that becomes longer shows there what the
     /// origin holds, whatever was written since its instant.
-    pub(crate) fn set_snapshot_bytes(&mut self, id: SnapshotId, bytes: u64) {
+    ///
+    /// What is copied of its last chunk goes on behind its end, as far as the origin
+    /// does (`device_bytes`): as the kernel has it, so that stores are the same.
+    pub(crate) fn set_snapshot_bytes(&mut self, id: SnapshotId, bytes: u64, device_bytes: u64) {
         let most = self.config.origin_bytes;
         if let Some(index) = self.index_of(id) {
-            self.snapshots[index].origin_bytes = bytes.min(most);
+            let snapshot = &mut self.snapshots[index];
+            snapshot.origin_bytes = bytes.min(most);
+            snapshot.copied_bytes = snapshot.origin_bytes.max(device_bytes.min(most));
         }
     }
 

@@ -1,7 +1,8 @@
 //! The command line: one file a verb, and what they share.
 //!
 //! Exit statuses: 0 as asked, 1 refused or failed, 2 an argument that makes no
-//! sense. A refusal is one line on standard error that names what it is about.
+//! sense (of `dm`: 1, as dmsetup has it). A refusal is one line on standard error that
+//! names what it is about.
 
 mod clients;
 mod cow;
@@ -100,9 +101,13 @@ impl Failure {
 pub fn main() -> ExitCode {
     // The runtime has SIGPIPE ignored from the start: a client or a reader of
     // standard output that goes away is an error of that one write.
-    let cli = match Cli::try_parse() {
+    let mut args: Vec<OsString> = std::env::args_os().collect();
+    if is_dm(verb_of(&args)) {
+        dm::usage::spell_out(&mut args);
+    }
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
-        Err(error) => return refuse_arguments(&error, &help_page(std::env::args_os())),
+        Err(error) => return refuse_arguments(&error, &args),
     };
     let usual = match cli.verb {
         Verb::Serve(_) => log::Usual::Info,
@@ -150,27 +155,38 @@ fn complain(message: &str) {
 }
 
 /// Help and version are printed as they are; a refusal becomes one line.
-fn refuse_arguments(error: &clap::Error, help: &str) -> ExitCode {
-    if matches!(
+fn refuse_arguments(error: &clap::Error, args: &[OsString]) -> ExitCode {
+    let asks = matches!(
         error.kind(),
-        ErrorKind::DisplayHelp
-            | ErrorKind::DisplayVersion
-            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
-    ) {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    );
+    let verb = verb_of(args);
+    let help = help_page(verb);
+    if !asks && is_dm(verb) {
+        return dm::usage::refuse(error, &help);
+    }
+    if asks || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = error.print();
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
     }
-    complain(&one_line(&error.to_string(), help));
+    complain(&one_line(&error.to_string(), &help));
     ExitCode::from(2)
+}
+
+/// The verb that a command line names, if there is such a verb.
+fn verb_of(args: &[OsString]) -> Option<&OsString> {
+    let mut words = args.iter().skip(1);
+    let verb = words.find(|arg| !arg.as_encoded_bytes().starts_with(b"-"));
+    verb.filter(|arg| Cli::command().find_subcommand(arg).is_some())
+}
+
+fn is_dm(verb: Option<&OsString>) -> bool {
+    verb.is_some_and(|verb| verb == "dm")
 }
 
 /// The command that explains the command line that was given: the verb's help,
 /// if it names a verb.
-fn help_page(args: impl Iterator<Item = OsString>) -> String {
-    let verb = args
-        .skip(1)
-        .find(|arg| !arg.as_encoded_bytes().starts_with(b"-"))
-        .filter(|arg| Cli::command().find_subcommand(arg).is_some());
+fn help_page(verb: Option<&OsString>) -> String {
     match verb {
         Some(verb) => format!("nbdsnap {} --help", verb.display()),
         None => "nbdsnap --help".to_owned(),
@@ -196,7 +212,8 @@ mod tests {
     use super::*;
 
     fn refusal(args: &[&str]) -> String {
-        let help = help_page(args.iter().map(OsString::from));
+        let words: Vec<OsString> = args.iter().map(OsString::from).collect();
+        let help = help_page(verb_of(&words));
         one_line(&Cli::try_parse_from(args).unwrap_err().to_string(), &help)
     }
 

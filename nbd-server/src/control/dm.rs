@@ -99,6 +99,9 @@ pub enum DmOrder {
     Info {
         /// Which.
         device: DeviceName,
+        /// Lines and writability are those of its inactive table.
+        #[serde(default)]
+        inactive: bool,
     },
     /// Which devices there are. Answer: [`DmAnswer::Names`].
     List,
@@ -165,13 +168,25 @@ impl DmOrder {
             | Self::Remove { device, .. }
             | Self::Rename { device, .. }
             | Self::SetUuid { device, .. }
-            | Self::Info { device }
+            | Self::Info { device, .. }
             | Self::Table { device, .. }
             | Self::Status { device, .. }
             | Self::Deps { device, .. }
             | Self::Wait { device, .. }
             | Self::Message { device, .. } => Some(device),
             Self::Version | Self::Create { .. } | Self::List | Self::Targets => None,
+        }
+    }
+
+    /// It asks for what there is to tell of a device's inactive table.
+    pub fn asks_inactive(&self) -> bool {
+        match self {
+            Self::Info { inactive, .. }
+            | Self::Table { inactive, .. }
+            | Self::Status { inactive, .. }
+            | Self::Deps { inactive, .. }
+            | Self::Wait { inactive, .. } => *inactive,
+            _ => false,
         }
     }
 }

@@ -26,6 +26,7 @@ use super::connection::Connection;
 use super::disk::{Disk, LocalDisk};
 use super::file::Medium;
 use super::hosted::{Kind, Waiting, answer, answer_status, refuse};
+use super::news::{News, What};
 use super::shard::{Clients, Message, Outside};
 use super::table::{Key, Table};
 use crate::nbd::reply::{self, Refusal};
@@ -281,7 +282,7 @@ impl Mapped {
             self.handle_reply(reply, clients);
         }
         while let Some(event) = self.mapper.poll_event() {
-            self.handle_event(event);
+            self.handle_event(event, outside);
         }
         more
     }
@@ -307,6 +308,34 @@ impl Mapped {
         true
     }
 
+    /// What happens to snapshots by itself is told to whoever follows events.
+    fn tell(&self, event: &MapperEvent, outside: &Outside) {
+        let (device, what) = match *event {
+            MapperEvent::Invalid(device, why) => (device, What::Invalid(why)),
+            MapperEvent::Overflow(device) => (device, What::Overflow),
+            MapperEvent::MergeBegun(device) => (device, What::MergeBegun),
+            MapperEvent::Merged(device) => (device, What::Merged),
+            MapperEvent::MergeFailed(device, why) => (device, What::MergeFailed(why)),
+            MapperEvent::Done(..)
+            | MapperEvent::Gone(_)
+            | MapperEvent::Unused(_)
+            | MapperEvent::Closed(_) => return,
+        };
+        let Ok(info) = self.mapper.info(device) else {
+            return;
+        };
+        let (volume, snapshot) = match info.name.split_once('@') {
+            Some((volume, snapshot)) => (volume, Some(snapshot)),
+            None => (info.name.as_str(), None),
+        };
+        outside.herald.tell(News {
+            volume: MAPPED,
+            volume_name: volume.to_owned(),
+            snapshot: snapshot.map(|name| (SnapshotId(device.0), name.to_owned())),
+            what,
+        });
+    }
+
     fn handle_reply(&mut self, reply: Reply, clients: &mut Clients) {
         let asker = self.waiting.remove(Key::from_u64(reply.id.0));
         match asker.expect("a reply answers a request, once") {
@@ -316,7 +345,8 @@ impl Mapped {
         }
     }
 
-    fn handle_event(&mut self, event: MapperEvent) {
+    fn handle_event(&mut self, event: MapperEvent, outside: &Outside) {
+        self.tell(&event, outside);
         let name = |device| {
             let info = self.mapper.info(device);
             info.map_or_else(|_| "?".into(), |info| info.name)

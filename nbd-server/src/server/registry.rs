@@ -299,6 +299,11 @@ impl VolumeEntry {
         }
     }
 
+    /// It stands still.
+    pub(super) fn is_suspended(&self) -> bool {
+        self.suspension != Suspension::Running
+    }
+
     /// A snapshot that is being merged, or will be.
     pub(super) fn merging(&self) -> Option<&SnapshotEntry> {
         let merges = |entry: &&SnapshotEntry| entry.merge != MergeState::None;

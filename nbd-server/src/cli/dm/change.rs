@@ -42,10 +42,7 @@ pub(super) fn create(session: &mut Session<'_>) -> Step {
         session.table(file.as_deref())?
     };
     let info = make(session, &word, uuid.as_deref(), lines)?;
-    if session.verbose > 0 {
-        show::info(session, &info);
-    }
-    Ok(())
+    show::changed(session, &Device::known(&unmangled(&word)), info)
 }
 
 /// Make a device with this table, or leave none.
@@ -121,15 +118,12 @@ pub(super) fn load(session: &mut Session<'_>) -> Step {
     let device = session.device(word.as_deref())?;
     let lines = session.table(words.next().as_deref())?;
     let order = DmOrder::Load {
-        device: device.name,
+        device: device.name.clone(),
         read_only: session.switches.readonly,
         lines,
     };
     let info = session.order_device("reload", &device.label, order)?;
-    if session.verbose > 0 {
-        show::info(session, &info);
-    }
-    Ok(())
+    show::changed(session, &device, info)
 }
 
 /// `clear`, `suspend` and `resume`: one order for a device.
@@ -141,10 +135,7 @@ pub(super) fn simple(
 ) -> Step {
     let device = session.device(word)?;
     let info = send(session, &device, ioctl, order)?;
-    if session.verbose > 0 {
-        show::info(session, &info);
-    }
-    Ok(())
+    show::changed(session, &device, info)
 }
 
 fn send(

@@ -30,7 +30,9 @@ Examples:
   nbdsnap dm info -c -o name,open,attr
   nbdsnap dm ls --tree
 
-The devices of a table can stand on each other; 'nbdsnap snapshot' shows the same ones."
+Devices can stand on each other. 'nbdsnap snapshot' and 'nbdsnap volume' show the same
+ones: 'nbdsnap snapshot create vm@monday' makes a device of that name. A line that makes
+no sense ends with 1, as dmsetup's does."
 )]
 pub(in crate::cli) struct DmArgs {
     #[command(subcommand)]
@@ -224,6 +226,9 @@ enum DmVerb {
     /// Lines of a table are START LENGTH TARGET ARGUMENTS, in sectors of 512 bytes.
     /// Without a table (standard input that is empty, or --notable) the device waits
     /// for 'load' and 'resume'. If the table is refused, the device is gone again.
+    ///
+    /// A file is named by a path (./disk.img), and has to be there: a COW device too,
+    /// which is new if it begins with zeros ('truncate -s 1G vm.cow').
     #[command(args = shown(&["table", "notable", "readonly", "uuid", "major", "minor"]), after_help = "\
 Examples:
   nbdsnap dm create vm --table '0 2097152 linear /srv/disk.img 0'
@@ -278,7 +283,7 @@ Examples:
   nbdsnap dm status --target snapshot")]
     Status(Devices),
     /// Show how devices are doing, or all of them.
-    #[command(args = shown(&["columns", "options", "sort", "noheadings", "separator", "nameprefixes", "unquoted", "rows", "noopencount"]), args = shown(&NAMED), after_help = "\
+    #[command(args = shown(&["columns", "options", "sort", "noheadings", "separator", "nameprefixes", "unquoted", "rows", "inactive", "noopencount"]), args = shown(&NAMED), after_help = "\
 Examples:
   nbdsnap dm info vm
   nbdsnap dm info -c
@@ -290,7 +295,7 @@ Examples:
     ///
     /// For --options: devno, devname, blkdevname. With --tree: ascii, utf, vt100;
     /// compact, inverted, notrunc; blkdevname, [no]device, active, open, rw and uuid.
-    #[command(args = shown(&["tree", "options", "target"]), after_help = "\
+    #[command(args = shown(&["tree", "options", "target", "inactive"]), after_help = "\
 Examples:
   nbdsnap dm ls
   nbdsnap dm ls --target snapshot
@@ -500,9 +505,9 @@ pub(super) struct Accepted {
     #[arg(short = 'G', long, value_name = "GID", global = true, hide = true)]
     gid: Option<String>,
     #[arg(short = 'M', long, value_name = "MODE", global = true, hide = true)]
-    mode: Option<String>,
+    pub(super) mode: Option<String>,
     #[arg(long, value_name = "MODE", global = true, hide = true)]
-    manglename: Option<String>,
+    pub(super) manglename: Option<String>,
 }
 
 /// These switches, for the page of a verb that they mean something to.

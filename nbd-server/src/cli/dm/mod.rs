@@ -9,9 +9,9 @@
 //! - [`text`]: tables as they are written; [`name`]: names as the kernel keeps them.
 //!
 //! All of it is a function of the command line and of what the server and the files
-//! say ([`session::World`]); only this file reads and prints. What dmsetup itself
-//! would refuse ends with status 1, as dmsetup does; what clap does not understand,
-//! with 2.
+//! say ([`session::World`]); only this file and [`usage`] read and print. What dmsetup
+//! would refuse ends with status 1, as dmsetup does, and so does what makes no sense
+//! ([`usage`]).
 
 mod change;
 mod line;
@@ -22,6 +22,7 @@ mod session;
 mod show;
 mod text;
 mod tree;
+pub(super) mod usage;
 
 use std::io::{self, Read, Write};
 use std::os::linux::fs::MetadataExt;
@@ -35,6 +36,7 @@ use super::Failure;
 use super::orders::{ServerAt, beside_the_point, print};
 use crate::control::dm::{DmAnswer, DmOrder};
 use crate::control::protocol::{Answer, Order};
+use crate::dm::plain;
 use line::Line;
 use session::{Located, World};
 
@@ -76,10 +78,17 @@ impl World for Outside {
     fn ask(&mut self, order: DmOrder) -> Result<DmAnswer, Failure> {
         // A connection each: a table on standard input can take longer to come than the
         // server has patience.
-        match self.server.connect()?.order(Order::Dm(order)) {
+        let connected = self.server.connect();
+        let answer = connected.and_then(|mut client| {
+            let answer = client.order(Order::Dm(order));
+            answer.map_err(Failure::refused)
+        });
+        match answer {
             Ok(Answer::Dm(answer)) => Ok(answer),
             Ok(_) => Err(beside_the_point()),
-            Err(error) => Err(Failure::refused(error)),
+            // There is one status for whatever goes wrong.
+            Err(Failure::Usage(why) | Failure::Refused(why)) => Err(Failure::Refused(plain(&why))),
+            Err(Failure::Found) => Err(Failure::Found),
         }
     }
 

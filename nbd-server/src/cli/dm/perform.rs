@@ -4,7 +4,7 @@ use super::line::Verb;
 use super::report::Report;
 use super::session::{Device, Session, Step, Stop};
 use super::show::Naming;
-use super::{change, show, tree};
+use super::{change, show, tree, usage};
 use crate::cli::Failure;
 
 /// How often a verb may be said for devices, and how many words it takes.
@@ -61,7 +61,8 @@ fn all(session: &mut Session<'_>) -> Step {
         return session.stop("Couldn't process command line.");
     }
     if count < shape.least || shape.most.is_some_and(|most| count > most) {
-        return session.stop("Incorrect number of arguments.");
+        session.complain("Incorrect number of arguments.");
+        return session.stop(usage::of(session.verb));
     }
     if session.switches.columns && session.verb == Verb::Info {
         match Report::new(&session.switches) {
@@ -95,6 +96,16 @@ fn senseless(session: &Session<'_>) -> Result<(), String> {
     }
     if switches.accepted.addnodeonresume && switches.accepted.addnodeoncreate {
         return Err("--addnodeonresume and --addnodeoncreate are incompatible.".into());
+    }
+    if let Some(mode) = switches.accepted.manglename.as_deref()
+        && !["none", "auto", "hex"].contains(&mode)
+    {
+        return Err("Unknown name mangling mode.".into());
+    }
+    if let Some(mode) = switches.accepted.mode.as_deref()
+        && u32::from_str_radix(mode, 8).is_err()
+    {
+        return Err(format!("Invalid argument for --mode: {mode}."));
     }
     if switches.accepted.exec.is_some() {
         return Err("--exec is not offered: use the output of 'ls' in a loop.".into());

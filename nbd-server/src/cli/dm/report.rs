@@ -12,8 +12,10 @@ const USUAL: &str = "name,major,minor,attr,open,segments,events,uuid";
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     info: DmInfo,
-    /// What it stands on, where a field asks for it.
+    /// What it stands on, where a field asks for it: by the table that is asked about.
     pub(super) deps: Vec<DmDep>,
+    /// The same by the active table, of which dmsetup has the names.
+    pub(super) live_deps: Vec<DmDep>,
     /// What stands on it, where a field asks for it: names and numbers.
     pub(super) users: Vec<(String, u32, u32)>,
 }
@@ -23,6 +25,7 @@ impl Row {
         Self {
             info,
             deps: Vec::new(),
+            live_deps: Vec::new(),
             users: Vec::new(),
         }
     }
@@ -127,7 +130,7 @@ const FIELDS: [Field; 29] = [
     number(About::Info, "Targ", 4, "segments", "Number of segments in live table, if present.", |row| row.info.target_count.to_string()),
     number(About::Info, "Event", 6, "events", "Number of most recent event.", |row| row.info.event_nr.to_string()),
     number(About::Deps, "#Devs", 5, "device_count", "Number of devices used by this one.", |row| row.deps.len().to_string()),
-    text(About::Deps, "DevNamesUsed", 16, "devs_used", "List of names of mapped devices used by this one.", |row| joined(row.deps.iter().filter_map(mapped_name))),
+    text(About::Deps, "DevNamesUsed", 16, "devs_used", "List of names of mapped devices used by this one.", |row| joined(row.live_deps.iter().filter_map(mapped_name))),
     text(About::Deps, "DevNosUsed", 16, "devnos_used", "List of device numbers of devices used by this one.", |row| joined(row.deps.iter().map(numbers))),
     text(About::Deps, "BlkDevNamesUsed", 16, "blkdevs_used", "List of names of block devices used by this one.", |row| joined(row.deps.iter().map(block_name))),
     number(About::Users, "#Refs", 5, "device_ref_count", "Number of mapped devices referencing this one.", |row| row.users.len().to_string()),

@@ -15,6 +15,7 @@ use super::report::Report;
 use super::{FOLDER, text};
 use crate::cli::Failure;
 use crate::control::dm::{DeviceName, DmAnswer, DmInfo, DmName, DmOrder, MAJOR, TextLine};
+use crate::dm::plain;
 
 /// The server, and this machine.
 pub(super) trait World {
@@ -159,7 +160,7 @@ impl<'a> Session<'a> {
     /// Say that an order was refused, as dmsetup does of an ioctl.
     pub(super) fn refused(&mut self, ioctl: &str, label: &Label, refusal: &Refusal) {
         if let Some(why) = &refusal.why {
-            self.complain(format_args!("device-mapper: {why}"));
+            self.complain(format_args!("device-mapper: {}", plain(why)));
         }
         let said = errno_text(refusal.errno);
         self.complain(format_args!(
@@ -257,6 +258,7 @@ impl<'a> Session<'a> {
             let device = Device::known(&unmangled(name));
             let info = DmOrder::Info {
                 device: device.name.clone(),
+                inactive: false,
             };
             if self.ask(info)?.is_ok() {
                 return Ok(device);
@@ -296,7 +298,8 @@ impl<'a> Session<'a> {
                 return self.stop(format_args!("Couldn't open '{file}' for reading."));
             }
             (Err(error), None) => {
-                return self.stop(format_args!("Read from stdin aborted: {error}"));
+                let why = plain(&error.to_string());
+                return self.stop(format_args!("Read from stdin aborted: {why}"));
             }
         };
         match text::parse(&table, source, &|path| self.world.absolute(path)) {
@@ -318,9 +321,7 @@ pub(super) fn beside_the_point() -> Stop {
 
 /// An error number as C's strerror says it.
 pub(super) fn errno_text(errno: i32) -> String {
-    let text = io::Error::from_raw_os_error(errno).to_string();
-    let end = text.rfind(" (os error");
-    text[..end.unwrap_or(text.len())].to_owned()
+    plain(&io::Error::from_raw_os_error(errno).to_string())
 }
 
 /// A path without `.` and `..`, by its words alone.

@@ -19,6 +19,7 @@ pub(super) fn of_device(session: &mut Session<'_>, device: &Device, word: Option
         Verb::Info => {
             let order = DmOrder::Info {
                 device: device.name.clone(),
+                inactive: session.switches.inactive,
             };
             let info = if_it_exists(session, "info", &device.label, order)?;
             let DmAnswer::Device(info) = info else {
@@ -146,12 +147,17 @@ fn tell_info(session: &mut Session<'_>, device: &DmInfo) -> Step {
     };
     let mut row = Row::of(device.clone());
     if report.needs_deps() {
-        let deps = deps_of(session, &Device::known(&device.name))?;
-        row.deps = deps;
+        let known = Device::known(&device.name);
+        row.live_deps = deps_of(session, &known, false)?;
+        row.deps = if session.switches.inactive {
+            deps_of(session, &known, true)?
+        } else {
+            row.live_deps.clone()
+        };
     }
     if session.report.as_ref().is_some_and(Report::needs_users) {
         for one in session.list()? {
-            let deps = deps_of(session, &Device::known(&one.name))?;
+            let deps = deps_of(session, &Device::known(&one.name), false)?;
             let stands_on =
                 |dep: &DmDep| matches!(dep, DmDep::Mapped { name, .. } if *name == device.name);
             if deps.iter().any(stands_on) {
@@ -165,10 +171,10 @@ fn tell_info(session: &mut Session<'_>, device: &DmInfo) -> Step {
     Ok(())
 }
 
-fn deps_of(session: &mut Session<'_>, device: &Device) -> Step<Vec<DmDep>> {
+fn deps_of(session: &mut Session<'_>, device: &Device, inactive: bool) -> Step<Vec<DmDep>> {
     let order = DmOrder::Deps {
         device: device.name.clone(),
-        inactive: session.switches.inactive,
+        inactive,
     };
     match session.order("deps", &device.label, order)? {
         DmAnswer::Deps { deps, .. } => Ok(deps),
@@ -176,8 +182,26 @@ fn deps_of(session: &mut Session<'_>, device: &Device) -> Step<Vec<DmDep>> {
     }
 }
 
+/// How a device is doing that was changed, where that is to be told.
+pub(super) fn changed(session: &mut Session<'_>, device: &Device, info: DmInfo) -> Step {
+    if session.verbose == 0 {
+        return Ok(());
+    }
+    let told = if session.switches.inactive {
+        let order = DmOrder::Info {
+            device: device.name.clone(),
+            inactive: true,
+        };
+        session.order_device("info", &device.label, order)?
+    } else {
+        info
+    };
+    session.out.push_str(&long(&told));
+    Ok(())
+}
+
 /// How a device is doing, in lines.
-pub(super) fn info(session: &mut Session<'_>, device: &DmInfo) {
+fn info(session: &mut Session<'_>, device: &DmInfo) {
     session.out.push_str(&long(device));
 }
 
@@ -320,6 +344,7 @@ pub(super) fn block_name(dep: &DmDep) -> String {
 fn mangle(session: &mut Session<'_>, device: &Device) -> Step {
     let order = DmOrder::Info {
         device: device.name.clone(),
+        inactive: false,
     };
     let info = session.order_device("status", &device.label, order)?;
     let (uuid, and_uuid) = match info.uuid.as_str() {
@@ -352,6 +377,7 @@ pub(super) fn ls(session: &mut Session<'_>) -> Step {
         let has_name = naming != Naming::Number && {
             let order = DmOrder::Info {
                 device: device.name.clone(),
+                inactive: false,
             };
             let info = session.order_device("info", &device.label, order)?;
             info.live_table || info.inactive_table

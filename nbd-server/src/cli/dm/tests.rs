@@ -100,9 +100,11 @@ fn play(kernel: &mut Kernel, line: &str) -> (String, String) {
     (out, err)
 }
 
-/// Errors that dmsetup reports, and ends well.
+/// Errors that dmsetup reports, and ends well: of 'remove --force', what comes before
+/// the removal too.
 fn is_mild(err: &str) -> bool {
-    err.starts_with("Unable to remove")
+    let mut lines = err.lines();
+    err.starts_with("Unable to remove") || lines.all(|line| line.starts_with("device-mapper: "))
 }
 
 /// A line that says why: on Linux it is in the kernel's log.
@@ -142,7 +144,9 @@ fn compare(kernel: &mut Kernel, entry: &str) -> Option<String> {
         kernel.devices.retain(|_, device| device.name != "bad");
     }
     let printed: Vec<String> = out.lines().map(str::to_owned).collect();
-    let said = err.lines().map(str::to_owned);
+    // The transcripts leave the pages out that dmsetup adds.
+    let said = err.lines().filter(|line| !line.starts_with("Usage: "));
+    let said = said.map(str::to_owned);
     let (reasons, said): (Vec<_>, Vec<_>) = said.partition(|line| is_reason(line));
     let (wanted, regretted, logged) = (of("out|"), of("err|"), of("log|"));
     let is_logged = reasons.iter().all(|reason| logged.contains(reason));
@@ -385,7 +389,11 @@ fn wait_targets_version_and_message() {
          device-mapper: message ioctl on a  failed: Invalid argument\nCommand failed.\n"
     );
     let said = dm(&mut kernel, &["message", "a"]);
-    assert_eq!(said.err, "Incorrect number of arguments.\n");
+    assert_eq!(
+        said.err,
+        "Incorrect number of arguments.\n\
+         Usage: nbdsnap dm message [OPTIONS] [DEVICE] [SECTOR] [MESSAGE]\n"
+    );
     let said = dm(&mut kernel, &["message", "a", "x", "y"]);
     assert_eq!(said.err, "Invalid sector.\nCommand failed.\n");
     let said = dm(&mut kernel, &["mangle"]);
@@ -405,6 +413,14 @@ fn what_cannot_be_done_is_said_before_anything_is_asked() {
         (
             &["create", "a", "-n", "--table", "0 8 zero"],
             "--table and --notable are incompatible.",
+        ),
+        (
+            &["ls", "--manglename", "foo"],
+            "Unknown name mangling mode.",
+        ),
+        (
+            &["create", "a", "-n", "-M", "999"],
+            "Invalid argument for --mode: 999.",
         ),
         (
             &["ls", "--exec", "echo"],
@@ -437,6 +453,55 @@ fn what_cannot_be_done_is_said_before_anything_is_asked() {
         said.err
     );
     assert_eq!(kernel.orders, []);
+}
+
+/// What dmsetup said of such lines (behind its own name): it ended with 1.
+#[test]
+fn senseless_lines_are_refused_in_dmsetups_words() {
+    for (words, what) in [
+        (&["ls", "--nosuch"][..], "unrecognized option '--nosuch'"),
+        (&["--nosuch", "ls"], "unrecognized option '--nosuch'"),
+        (&["nosuch", "--nosuch"], "Unknown command."),
+        (&["ls", "-Z"], "invalid option -- 'Z'"),
+        (&["ls", "-yZ"], "invalid option -- 'Z'"),
+        (&["info", "-cx"], "invalid option -- 'x'"),
+        (
+            &["create", "x", "--table"],
+            "option '--table' requires an argument",
+        ),
+        (
+            &["info", "-c", "--separator"],
+            "option '--separator' requires an argument",
+        ),
+        (
+            &["info", "--force=1", "x"],
+            "option '--force' doesn't allow an argument",
+        ),
+        (&["LS"], "Unknown command.\nUsage: nbdsnap dm COMMAND "),
+        (&[], "Usage: nbdsnap dm COMMAND "),
+        (
+            &["info", "-m", "x"],
+            "invalid value 'x' for '--minor <MINOR>'",
+        ),
+    ] {
+        let line = ["nbdsnap", "dm"].iter().chain(words);
+        let error = Cli::try_parse_from(line).expect_err("a senseless line");
+        let said = usage::said(&error, "nbdsnap dm --help");
+        let said = said.strip_prefix("nbdsnap dm: ").unwrap_or(&said);
+        assert!(said.starts_with(what), "{words:?}: {said}");
+        assert!(said.contains("(see 'nbdsnap dm --help')"), "{said}");
+        let is_usage = said.contains("Usage: ");
+        let ends = said.ends_with("\nCouldn't process command line.\n");
+        assert!(is_usage != ends, "{words:?}: {said}");
+    }
+    let mut args = ["nbdsnap", "dm", "--version"].map(Into::into);
+    usage::spell_out(&mut args);
+    assert_eq!(args[2], "version");
+}
+
+#[test]
+fn what_is_told_of_inactive_tables_is_as_dmsetup_has_it() {
+    check("inactive");
 }
 
 #[test]

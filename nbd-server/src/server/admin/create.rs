@@ -12,7 +12,10 @@ use nbdsnap_engine::{OnFull, SnapshotId, StoreKind};
 
 use super::refusal::Refused;
 use super::turn::{Shared, Turn};
-use crate::control::protocol::{Answer, EventKind, Kind, SnapshotCreate, SnapshotName, StoreLimit};
+use crate::control::protocol::{
+    Answer, EventKind, Kind, SnapshotCreate, SnapshotName, SnapshotReport, SnapshotState,
+    StoreLimit,
+};
 use crate::disks::{self, Known, Making, Note, SnapshotPlan, SnapshotRequest};
 use crate::io::{NewSnapshot, NotHeld, VolumeId, VolumeOrder};
 use crate::law;
@@ -46,7 +49,17 @@ pub(super) struct HeldPart {
 
 impl Turn<'_> {
     pub(super) fn create(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
+        self.create_beside(create, |_| Ok(()))
+    }
+
+    /// The same; `others` are taken while all volumes are held.
+    pub(super) fn create_beside(
+        &mut self,
+        create: &SnapshotCreate,
+        others: impl FnOnce(&mut Self) -> Result<(), Refused>,
+    ) -> Result<Answer, Refused> {
         self.check_creation(create)?;
+        self.check_origins_live(create)?;
         let mut plan = SnapshotPlan::default();
         for name in &create.snapshots {
             if let Err(refused) = self.plan_one(create, name, &mut plan) {
@@ -76,7 +89,10 @@ impl Turn<'_> {
         };
         made.note(&mut self.taken);
         let parts = self.parts(create, made.snapshots);
-        let commit = |this: &mut Self| Ok(this.records().commit(&mut change)?);
+        let commit = |this: &mut Self| {
+            others(this)?;
+            Ok(this.records().commit(&mut change)?)
+        };
         match self.take_all(parts, commit) {
             Ok(held) => {
                 made.deed.keep();
@@ -189,6 +205,27 @@ impl Turn<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What is lost shows nothing that a snapshot could keep.
+    fn check_origins_live(&mut self, create: &SnapshotCreate) -> Result<(), Refused> {
+        let below = create.snapshots.iter().filter_map(|name| {
+            let of = names::origin(&name.snapshot)?;
+            let (volume, snapshot) = (name.volume.clone(), of.to_owned());
+            Some(SnapshotName { volume, snapshot })
+        });
+        let below: Vec<SnapshotName> = below.collect();
+        if below.is_empty() {
+            return Ok(());
+        }
+        let Answer::Snapshots(reports) = self.report_named(&below)? else {
+            unreachable!("snapshots were asked for");
+        };
+        let is_lost = |report: &&SnapshotReport| report.state == SnapshotState::Invalid;
+        match below.iter().zip(&reports).find(|(_, one)| is_lost(one)) {
+            Some((name, _)) => Err(Refused::OfLost(name.clone())),
+            None => Ok(()),
+        }
     }
 
     fn plan_one(

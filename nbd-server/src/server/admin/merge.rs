@@ -15,7 +15,7 @@ use super::turn::Turn;
 use crate::control::protocol::{
     Answer, EventKind, MergeClients, SnapshotCancel, SnapshotMerge, SnapshotName,
 };
-use crate::io::{News, NotMerged, VolumeAccess, VolumeId, VolumeOrder, What};
+use crate::io::{MAPPED, News, NotMerged, VolumeAccess, VolumeId, VolumeOrder, What};
 use crate::names;
 use crate::server::registry::{MergeState, SnapshotEntry, Suspension, VolumeEntry};
 use crate::state::record::State;
@@ -164,6 +164,9 @@ impl Turn<'_> {
 
     /// Follow what has happened to a volume by itself.
     pub(super) fn hear(&mut self, news: &News) {
+        if news.volume == MAPPED {
+            return self.hear_of_mapped(news);
+        }
         match &news.what {
             What::Merged => self.merged(news),
             What::ClientWent { .. } => self.origin_left(news),
@@ -249,6 +252,9 @@ fn in_use(name: &SnapshotName, clients: u64) -> Refused {
 impl Administrator {
     /// The volume of which there may be something to follow.
     pub(super) fn concerned(&self, news: &News) -> Option<String> {
+        if self.concerns_mapped(news) {
+            return Some(news.volume_name.clone());
+        }
         let mut volumes = self.registry.volumes.iter();
         let volume = volumes.find(|volume| volume.id == news.volume)?;
         let waits = |entry: &&SnapshotEntry| matches!(entry.merge, MergeState::Waiting { .. });

@@ -21,6 +21,10 @@ pub(super) enum Refused {
         "{0} would be a snapshot of one that is transient and ends with the server: take it with --transient too"
     )]
     OfTransient(SnapshotName),
+    #[error(
+        "{0} is lost, and shows nothing that a snapshot of it could keep: 'nbdsnap snapshot reset' takes it anew"
+    )]
+    OfLost(SnapshotName),
     #[error("{0} is named twice")]
     Twice(SnapshotName),
     #[error("no snapshot is named: write VOLUME@NAME")]

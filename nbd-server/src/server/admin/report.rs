@@ -13,7 +13,7 @@ use crate::control::protocol::{
 };
 use crate::io::{ClientStatus, HostedStatus, VolumeAccess, VolumeId};
 use crate::names;
-use crate::server::registry::{MergeState, SnapshotEntry, Suspension, VolumeEntry};
+use crate::server::registry::{MergeState, SnapshotEntry, VolumeEntry};
 
 /// What the volumes' threads say.
 struct Said {
@@ -124,7 +124,7 @@ impl VolumeEntry {
             bytes: self.origin.bytes,
             read_only: !self.origin.access.writes_origin(),
             shared: self.origin.access == VolumeAccess::Shared,
-            suspended: self.suspension != Suspension::Running,
+            suspended: self.is_suspended(),
             snapshots: all_of(self).map(|name| name.to_string()).collect(),
             clients,
         }

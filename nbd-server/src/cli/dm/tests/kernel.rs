@@ -155,9 +155,9 @@ impl Kernel {
                     Ok(())
                 },
             ),
-            DmOrder::Info { device } => {
+            DmOrder::Info { device, inactive } => {
                 let minor = self.find(&device)?;
-                Ok(DmAnswer::Device(self.info(minor, false)))
+                Ok(DmAnswer::Device(self.info(minor, inactive)))
             }
             DmOrder::List => Ok(DmAnswer::Names(self.names())),
             DmOrder::Table { device, inactive } => self.lines(&device, inactive, true),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nbdsnap_engine::dm::{DeviceId, DiskId, Lower};
+use nbdsnap_engine::dm::{DeviceId, DeviceInfo, DiskId, Lower};
 
 use super::{Done, refused};
 use crate::control::dm::{DmDep, MAJOR};
@@ -28,6 +28,19 @@ pub(in crate::server::admin) struct DmDisks {
     loads: u32,
     /// Minor numbers of volumes and their snapshots, by their exports.
     served: BTreeMap<String, u32>,
+    /// Merges that `snapshot merge` began: these devices go when it is done.
+    merges: BTreeMap<DeviceId, DmMerge>,
+}
+
+/// A merge that `snapshot merge` began.
+#[derive(Clone, Debug)]
+pub(super) struct DmMerge {
+    /// What the snapshot's device was called.
+    pub(super) name: String,
+    /// Delete the file of the store at the end.
+    pub(super) delete_cow: bool,
+    /// Chunks that there were when it began.
+    pub(super) total_chunks: u64,
 }
 
 #[derive(Debug)]
@@ -49,6 +62,39 @@ impl DmDisks {
 
     pub(super) fn unpin(&mut self, _: Pins) {
         self.loads -= 1;
+    }
+
+    /// A merge of a device's snapshot begins.
+    pub(super) fn begin_merge(&mut self, id: DeviceId, merge: DmMerge) {
+        self.merges.insert(id, merge);
+    }
+
+    /// It is done, or given up.
+    pub(super) fn end_merge(&mut self, id: DeviceId) {
+        self.merges.remove(&id);
+    }
+
+    /// The merge that `snapshot merge` began of a device's snapshot. (One by another
+    /// name has come in its place.)
+    pub(super) fn merge_of(&self, info: &DeviceInfo) -> Option<&DmMerge> {
+        let merge = self.merges.get(&info.id);
+        merge.filter(|merge| merge.name == info.name)
+    }
+
+    /// The end of a device's merge is still to be seen to.
+    pub(super) fn has_merge(&self, id: DeviceId) -> bool {
+        self.merges.contains_key(&id)
+    }
+
+    /// There are merges whose end is to be seen to.
+    pub(in crate::server::admin) fn has_merges(&self) -> bool {
+        !self.merges.is_empty()
+    }
+
+    /// The path of a disk that is a file.
+    pub(super) fn file_of(&self, id: DiskId) -> Option<&Path> {
+        let disk = self.disks.get(&id)?;
+        disk.numbers.is_none().then_some(&disk.path)
     }
 
     fn text(&self, id: DiskId) -> String {
@@ -132,7 +178,8 @@ impl Turn<'_> {
             }
         }
         if !text.starts_with('/') {
-            let why = format!("{text}: no device has this name, and paths begin with a slash");
+            let why =
+                format!("{text}: no device has this name; a file is named by a path: ./{text}");
             return Err(refused(libc::ENODEV, why));
         }
         self.dm_open(Path::new(text))

@@ -1,13 +1,17 @@
 //! Orders about mapped devices. What may be done when is the engine's to say
 //! ([`nbdsnap_engine::dm`]); here the words are read, disks are opened (`disks.rs`),
 //! stores are opened and made (`stores.rs`), answers are put into words (`words.rs`),
-//! and clients are shown what there is.
+//! and clients are shown what there is. What `snapshot` and `volume` show of devices is
+//! in `views.rs`, what they do to them in `ordered.rs`, `group.rs` and `rolling.rs`.
 //!
 //! Orders pass each other by: the device-mapper's thread is where they meet. An order
 //! that waits (a suspension for requests, a load for a store on a device that stands
 //! still) holds up no other.
 
 mod disks;
+mod group;
+mod ordered;
+mod rolling;
 mod stores;
 mod views;
 mod words;
@@ -136,9 +140,10 @@ impl Turn<'_> {
                 self.mapped(move |mapped| mapped.mapper().set_uuid(id, &uuid))??;
                 self.dm_changed(id)
             }
-            DmOrder::Info { device } => {
+            DmOrder::Info { device, inactive } => {
                 let id = self.dm_device(&device)?;
-                Ok(DmAnswer::Device(words::info(&self.dm_info(id)?)))
+                let info = words::info(&self.dm_info(id)?, inactive);
+                Ok(DmAnswer::Device(info))
             }
             DmOrder::Table { device, inactive } => self.dm_lines(&device, inactive, words::table),
             DmOrder::Status {
@@ -181,6 +186,17 @@ impl Turn<'_> {
         + Send
         + 'static,
     ) -> Done<()> {
+        self.dm_follow_until(None, begin)
+    }
+
+    /// The same; at a time it is given up, whatever comes of it.
+    fn dm_follow_until(
+        &mut self,
+        until: Option<Instant>,
+        begin: impl FnOnce(&mut Mapped) -> Result<Option<OrderId>, nbdsnap_engine::dm::Refused>
+        + Send
+        + 'static,
+    ) -> Done<()> {
         let (sender, ended) = channel();
         let order = self.mapped(move |mapped| {
             let order = begin(mapped)?;
@@ -190,13 +206,14 @@ impl Turn<'_> {
             Ok::<_, nbdsnap_engine::dm::Refused>(order)
         })??;
         match order {
-            Some(order) => self.dm_end(order, &ended),
+            Some(order) => self.dm_end(until, order, &ended),
             None => Ok(()),
         }
     }
 
     fn dm_end(
         &mut self,
+        until: Option<Instant>,
         order: OrderId,
         ended: &Receiver<Result<(), nbdsnap_engine::dm::Refused>>,
     ) -> Done<()> {
@@ -204,19 +221,23 @@ impl Turn<'_> {
         // Without the books: it may be long, and others are to go on.
         let end = self.aside(|_| {
             loop {
+                let is_late = until.is_some_and(|until| Instant::now() >= until);
                 match ended.recv_timeout(PATIENCE) {
-                    Ok(end) => return Some(end),
+                    Ok(end) => return Ok(end),
+                    Err(RecvTimeoutError::Timeout) if is_late => return Err(Refused::TooSlow),
                     Err(RecvTimeoutError::Timeout)
                         if !claims.is_closed() && !shards[MAPPED_SHARD].has_ended() => {}
-                    Err(_) => return None,
+                    Err(_) => return Err(Refused::Stopping),
                 }
             }
         });
-        let Some(end) = end else {
-            self.shards[MAPPED_SHARD].with_mapped(move |mapped| mapped.forget(order));
-            return Err(Refused::Stopping.into());
-        };
-        Ok(end?)
+        match end {
+            Ok(end) => Ok(end?),
+            Err(refused) => {
+                self.shards[MAPPED_SHARD].with_mapped(move |mapped| mapped.forget(order));
+                Err(refused.into())
+            }
+        }
     }
 
     fn dm_device(&mut self, name: &DeviceName) -> Done<DeviceId> {
@@ -246,7 +267,7 @@ impl Turn<'_> {
     /// A device has changed: show clients, and tell whoever ordered it.
     fn dm_changed(&mut self, id: DeviceId) -> Done<DmAnswer> {
         self.dm_publish()?;
-        Ok(DmAnswer::Device(words::info(&self.dm_info(id)?)))
+        Ok(DmAnswer::Device(words::info(&self.dm_info(id)?, false)))
     }
 
     /// Show clients the devices that there are, and close disks that none of them
@@ -382,6 +403,7 @@ impl Turn<'_> {
                 Ok(()) => break,
             }
         }
+        self.dm.end_merge(id);
         self.dm_publish()?;
         Ok(DmAnswer::Done)
     }
@@ -397,7 +419,7 @@ impl Turn<'_> {
             Ok::<_, nbdsnap_engine::dm::Refused>((mapper.info(id)?, mapper.table(id, inactive)?))
         })??;
         Ok(DmAnswer::Lines {
-            device: words::info(&info),
+            device: words::info(&info, inactive),
             lines: words(&lines, &|lower| self.dm.text_of(lower)),
         })
     }
@@ -420,7 +442,7 @@ impl Turn<'_> {
             .into_iter()
             .map(|(lower, name)| self.dm.dep(lower, name));
         Ok(DmAnswer::Deps {
-            device: words::info(&info),
+            device: words::info(&info, inactive),
             deps: deps.collect(),
         })
     }

@@ -11,8 +11,8 @@ use nbdsnap_engine::{
     Access, Action, Command, DiskError, OpenError, Outcome, Store, StoreIo, StoreKind, StoreSize,
     StoreSpec,
 };
-use nbdsnap_format::ChunkSize;
 use nbdsnap_format::header::HeaderError;
+use nbdsnap_format::{ChunkSize, SECTOR_BYTES};
 
 use super::{Done, PATIENCE, refused};
 use crate::io::{MAPPED_SHARD, Shard};
@@ -79,6 +79,30 @@ impl Turn<'_> {
             };
             refused(errno, format!("Failed to read snapshot metadata: {error}"))
         })
+    }
+}
+
+impl Turn<'_> {
+    /// Have what is at the beginning of a store be no store any more, durably: the next
+    /// table that names it has it made anew.
+    pub(super) fn dm_blank(&mut self, cow: Lower) -> Done<()> {
+        let (shards, claims) = (Arc::clone(&self.shards), self.claims());
+        let blanked = self.aside(|_| {
+            let mut io = Asking {
+                shards: &shards,
+                claims: &claims,
+                cow,
+            };
+            let header = Action::WriteZeroes {
+                offset: 0,
+                len: SECTOR_BYTES,
+                may_punch: false,
+            };
+            io.act(header)?;
+            io.act(Action::Flush)
+        });
+        let failed = |error| refused(libc::EIO, format!("its store cannot be written: {error}"));
+        blanked.map(drop).map_err(failed)
     }
 }
 

@@ -1,31 +1,28 @@
-//! Two views of the same devices: what `snapshot` and `volume` show of mapped devices,
-//! and do to them, and what `dm` shows of volumes that are served, and does to them.
+//! Two views of the same devices: what `snapshot` and `volume` show of mapped devices
+//! (what they do to them: `ordered.rs`), and what `dm` shows of volumes that are served,
+//! and does to them.
 //!
 //! A mapped device with a `snapshot` target is a snapshot to them, whatever it is
-//! called; all others are volumes. `DEVICE@NAME`, where it is ordered here, becomes a
-//! mapped device of just this name, with a store of fixed size.
+//! called; all others are volumes.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use nbdsnap_engine::dm::{DeviceInfo, Lower, Persistence, TableLine, Target};
+use nbdsnap_engine::dm::{DeviceInfo, Lower, Pair, Persistence, TableLine, Target};
 use nbdsnap_engine::{OnFull, Status, StoreKind};
-use nbdsnap_format::{ChunkSize, SECTOR_BYTES};
+use nbdsnap_format::SECTOR_BYTES;
 
 use super::{Done, Failed, refused};
 use crate::control::dm::{DeviceName, DmAnswer, DmDep, DmInfo, DmName, DmOrder, MAJOR, TextLine};
 use crate::control::protocol::{
-    Answer, Order, Resume, SnapshotCreate, SnapshotName, SnapshotRemove, SnapshotReport,
-    SnapshotState, StoreLimit, Suspend, VolumeReport, WhenFull,
+    Answer, MergeReport, Resume, SnapshotName, SnapshotRemove, SnapshotReport, SnapshotState,
+    Suspend, VolumeReport, WhenFull,
 };
-use crate::disks::{all_it_needs, shown};
+use crate::dm::plain;
 use crate::server::admin::refusal::Refused;
 use crate::server::admin::turn::Turn;
 
-/// The chunk size of a store unless it is said, in bytes.
-const CHUNK: u64 = 16 << 10;
-
 /// A mapped device and its active table.
-type Seen = (DeviceInfo, Vec<TableLine>);
+pub(super) type Seen = (DeviceInfo, Vec<TableLine>);
 
 impl From<Failed> for Refused {
     fn from(failed: Failed) -> Self {
@@ -33,57 +30,15 @@ impl From<Failed> for Refused {
             Failed::Server(refused) => refused,
             Failed::Dm { errno, why } => {
                 let error = std::io::Error::from_raw_os_error(errno);
-                Self::Mapped(why.unwrap_or_else(|| error.to_string()))
+                Self::Mapped(plain(&why.unwrap_or_else(|| error.to_string())))
             }
         }
     }
 }
 
 impl Turn<'_> {
-    /// Execute an order as far as it is about mapped devices; none: it is not.
-    pub(in crate::server::admin) fn on_mapped(
-        &mut self,
-        order: &Order,
-    ) -> Option<Result<Answer, Refused>> {
-        let mapped = &self.registry.mapped;
-        if mapped.devices.is_empty() {
-            return None;
-        }
-        match order {
-            Order::SnapshotList(selection) => {
-                let is_mapped = |name: &String| mapped.has(name);
-                let (names, rest): (Vec<_>, Vec<_>) =
-                    selection.names.iter().cloned().partition(is_mapped);
-                let others = (rest.len() == selection.names.len() || !rest.is_empty())
-                    .then_some(crate::control::protocol::Selection { names: rest });
-                let all = selection.names.is_empty();
-                Some(self.list_with_mapped(others, all, &names))
-            }
-            Order::VolumeList => Some(self.volumes_with_mapped()),
-            Order::SnapshotCreate(create)
-                if create.snapshots.iter().any(|one| mapped.has(&one.volume)) =>
-            {
-                Some(self.create_on_mapped(create))
-            }
-            Order::SnapshotRemove(remove)
-                if remove
-                    .snapshots
-                    .iter()
-                    .any(|one| mapped.has(&one.to_string())) =>
-            {
-                Some(self.remove_on_mapped(remove))
-            }
-            Order::Suspend(Suspend { volumes, .. }) | Order::Resume(Resume { volumes })
-                if volumes.iter().any(|name| mapped.has(name)) =>
-            {
-                let resumes = matches!(order, Order::Resume(_));
-                Some(self.suspend_mapped(volumes, resumes))
-            }
-            _ => None,
-        }
-    }
-
-    fn look_at_mapped(&mut self) -> Result<Vec<Seen>, Refused> {
+    /// Those that have an active table.
+    pub(super) fn look_at_mapped(&mut self) -> Result<Vec<Seen>, Refused> {
         self.mapped(|mapped| {
             let mapper = mapped.mapper();
             let devices = mapper.devices().into_iter().filter(|one| one.live_table);
@@ -96,7 +51,7 @@ impl Turn<'_> {
         })
     }
 
-    fn list_with_mapped(
+    pub(super) fn list_with_mapped(
         &mut self,
         others: Option<crate::control::protocol::Selection>,
         all: bool,
@@ -120,7 +75,12 @@ impl Turn<'_> {
         let mut reports = Vec::new();
         for (info, lines) in seen {
             for line in lines {
-                if let (Target::Snapshot(_), Some(status)) = (&line.target, line.status) {
+                let shows = match line.target {
+                    Target::Snapshot(_) => true,
+                    Target::SnapshotMerge(_) => self.dm.merge_of(info).is_some(),
+                    _ => false,
+                };
+                if let Some(status) = line.status.filter(|_| shows) {
                     reports.push(self.report_of_mapped(seen, info, line, status));
                 }
             }
@@ -135,9 +95,10 @@ impl Turn<'_> {
         line: &TableLine,
         status: Status,
     ) -> SnapshotReport {
-        let Target::Snapshot(pair) = &line.target else {
+        let (Target::Snapshot(pair) | Target::SnapshotMerge(pair)) = &line.target else {
             unreachable!("it is a snapshot");
         };
+        let called = self.snapshot_name(seen, info, pair);
         let sectors = |of: fn(u64, u64, u64) -> u64| match status {
             Status::Active {
                 allocated,
@@ -146,12 +107,18 @@ impl Turn<'_> {
             } => Some(of(allocated, total, metadata) * SECTOR_BYTES),
             _ => None,
         };
+        let data_bytes = sectors(|allocated, _, metadata| allocated.saturating_sub(metadata));
+        let merge = self.dm.merge_of(info).map(|merge| MergeReport {
+            left_chunks: data_bytes.unwrap_or(0) / (pair.chunk * SECTOR_BYTES).max(1),
+            total_chunks: merge.total_chunks,
+        });
         SnapshotReport {
             name: info.name.clone(),
-            volume: self.name_of_mapped(seen, pair.origin),
+            volume: called.volume,
             of: self.name_of_mapped(seen, pair.origin),
-            snapshot: info.name.clone(),
+            snapshot: called.snapshot,
             state: match status {
+                Status::Active { .. } if merge.is_some() => SnapshotState::Merging,
                 Status::Active { .. } => SnapshotState::Active,
                 Status::Overflow => SnapshotState::Overflow,
                 Status::Invalid => SnapshotState::Invalid,
@@ -165,7 +132,7 @@ impl Turn<'_> {
             chunk_bytes: pair.chunk * SECTOR_BYTES,
             allocated_bytes: sectors(|allocated, _, _| allocated),
             metadata_bytes: sectors(|_, _, metadata| metadata),
-            data_bytes: sectors(|allocated, _, metadata| allocated.saturating_sub(metadata)),
+            data_bytes,
             limit_bytes: sectors(|_, total, _| total),
             free_bytes: sectors(|allocated, total, _| total.saturating_sub(allocated)),
             fill_bytes_per_second: None,
@@ -173,14 +140,34 @@ impl Turn<'_> {
             on_full: WhenFull::from(OnFull::Invalidate),
             is_full: status == Status::Overflow,
             paused_writes: 0,
-            merge: None,
+            merge,
             clients: info.clients,
-            status: format!("{} {} snapshot {status}", line.start, line.len),
+            status: format!(
+                "{} {} {} {status}",
+                line.start,
+                line.len,
+                line.target.name()
+            ),
         }
     }
 
+    /// A snapshot's name in its two parts: `VOLUME@NAME`, where the device is called so,
+    /// else what it was taken of and the device.
+    pub(super) fn snapshot_name(
+        &self,
+        seen: &[Seen],
+        info: &DeviceInfo,
+        pair: &Pair,
+    ) -> SnapshotName {
+        let (volume, snapshot) = match info.name.split_once('@') {
+            Some((volume, snapshot)) => (volume.to_owned(), snapshot.to_owned()),
+            None => (self.name_of_mapped(seen, pair.origin), info.name.clone()),
+        };
+        SnapshotName { volume, snapshot }
+    }
+
     /// A device's name, or a disk's path.
-    fn name_of_mapped(&self, seen: &[Seen], lower: Lower) -> String {
+    pub(super) fn name_of_mapped(&self, seen: &[Seen], lower: Lower) -> String {
         let device = seen
             .iter()
             .find(|(info, _)| Lower::Device(info.id) == lower);
@@ -194,13 +181,13 @@ impl Turn<'_> {
         }
     }
 
-    fn volumes_with_mapped(&mut self) -> Result<Answer, Refused> {
+    pub(super) fn volumes_with_mapped(&mut self) -> Result<Answer, Refused> {
         let Answer::Volumes(mut volumes) = self.report_volumes(&|_| true)? else {
             unreachable!("volumes were asked for");
         };
         let seen = self.look_at_mapped()?;
         for (info, lines) in &seen {
-            if !is_snapshot(lines) {
+            if !is_snapshot(lines) && self.dm.merge_of(info).is_none() {
                 volumes.push(self.volume_of_mapped(&seen, info, lines));
             }
         }
@@ -240,142 +227,6 @@ impl Turn<'_> {
         }
     }
 
-    fn create_on_mapped(&mut self, create: &SnapshotCreate) -> Result<Answer, Refused> {
-        let [wanted] = &create.snapshots[..] else {
-            let why = "several snapshots at one instant: suspend the devices with 'nbdsnap dm suspend', take the snapshots one by one, and resume the devices";
-            return Err(Refused::Mapped(why.into()));
-        };
-        let name = wanted.to_string();
-        if let Some((bad, why)) = crate::names::path_fault(&wanted.snapshot) {
-            let name = bad.to_owned();
-            return Err(Refused::Name { name, why });
-        }
-        let (of, _) = name.rsplit_once('@').expect("it has two parts");
-        let Some(cow) = create.cow.as_ref().filter(|path| path.is_absolute()) else {
-            let why = format!(
-                "{name}: name the path of its store with --cow: a mapped device has no folder"
-            );
-            return Err(Refused::Mapped(why));
-        };
-        let device = self.dm_device(&DeviceName::Name(of.to_owned()))?;
-        let (origin, bytes) = self.mapped(move |mapped| {
-            let mapper = mapped.mapper();
-            let lines = mapper.table(device, false).unwrap_or_default();
-            let bytes = mapper.info(device).map_or(0, |info| info.bytes);
-            (origin_below(&lines).unwrap_or(Lower::Device(device)), bytes)
-        })?;
-        let chunk = create.chunk_bytes.unwrap_or(CHUNK);
-        let kind = StoreKind::from(create.kind);
-        let made = make_file(cow, create.size, kind, chunk, bytes)?;
-        let params = format!(
-            "{} {} {} {}",
-            self.dm.text_of(origin),
-            cow.display()
-                .to_string()
-                .replace('\\', "\\\\")
-                .replace(' ', "\\ "),
-            letters(kind),
-            chunk / SECTOR_BYTES,
-        );
-        let table = TextLine {
-            start: 0,
-            len: bytes / SECTOR_BYTES,
-            target: "snapshot".into(),
-            params,
-        };
-        if let Err(failed) = self.dm_create_whole(&name, create.read_only, table) {
-            if made {
-                let _ = std::fs::remove_file(cow);
-            }
-            return Err(failed.into());
-        }
-        self.list_with_mapped(None, false, &[name])
-    }
-
-    fn dm_create_whole(&mut self, name: &str, read_only: bool, line: TextLine) -> Done<()> {
-        let device = || DeviceName::Name(name.to_owned());
-        self.dm_create(name, None, None)?;
-        let loaded = self.dm_load(&device(), read_only, &[line]);
-        let resumed = loaded.and_then(|_| {
-            let (device, noflush, nolockfs) = (device(), false, false);
-            self.dm_order(DmOrder::Resume {
-                device,
-                noflush,
-                nolockfs,
-            })
-        });
-        if let Err(failed) = resumed {
-            self.dm_remove(&device(), false)?;
-            return Err(failed);
-        }
-        Ok(())
-    }
-
-    fn remove_on_mapped(&mut self, remove: &SnapshotRemove) -> Result<Answer, Refused> {
-        let names: Vec<_> = remove
-            .snapshots
-            .iter()
-            .map(SnapshotName::to_string)
-            .collect();
-        let answer = self.list_with_mapped(None, false, &names)?;
-        let Answer::Snapshots(reports) = &answer else {
-            unreachable!("snapshots were asked for");
-        };
-        if let Some(name) = names
-            .iter()
-            .find(|name| reports.iter().all(|one| one.name != **name))
-        {
-            return Err(Refused::Mapped(format!(
-                "{name} is no snapshot that mapped devices have"
-            )));
-        }
-        for name in &names {
-            self.dm_remove(&DeviceName::Name(name.clone()), false)?;
-        }
-        for report in reports.iter().filter(|_| remove.delete_cow) {
-            let is_file = std::fs::metadata(&report.cow).is_ok_and(|meta| meta.is_file());
-            let deleted = if is_file {
-                std::fs::remove_file(&report.cow).map_err(|error| error.to_string())
-            } else {
-                Err("it is no file".into())
-            };
-            deleted.map_err(|why| {
-                Refused::Mapped(format!(
-                    "{} is removed, but its store {} is not deleted: {why}",
-                    report.name,
-                    shown(&report.cow)
-                ))
-            })?;
-        }
-        Ok(answer)
-    }
-
-    fn suspend_mapped(&mut self, volumes: &[String], resumes: bool) -> Result<Answer, Refused> {
-        for name in volumes {
-            let device = DeviceName::Name(name.clone());
-            let (noflush, nolockfs) = (false, false);
-            let order = if resumes {
-                DmOrder::Resume {
-                    device,
-                    noflush,
-                    nolockfs,
-                }
-            } else {
-                DmOrder::Suspend {
-                    device,
-                    noflush,
-                    nolockfs,
-                }
-            };
-            self.dm_order(order)?;
-        }
-        let Answer::Volumes(mut reports) = self.volumes_with_mapped()? else {
-            unreachable!("volumes were asked for");
-        };
-        reports.retain(|report| volumes.contains(&report.name));
-        Ok(Answer::Volumes(reports))
-    }
-
     /// Names of what is served beside mapped devices, for `dm`'s list.
     pub(super) fn served_names(&mut self) -> Vec<DmName> {
         let volumes = self.registry.volumes.iter();
@@ -407,26 +258,35 @@ impl Turn<'_> {
 
     /// What `dm` asks about a volume or a snapshot, or does to it.
     pub(super) fn dm_served(&mut self, export: &str, order: &DmOrder) -> Done<DmAnswer> {
-        let (info, origin, line, status) = self.look_at_served(export)?;
+        let (mut info, origin, line, status) = self.look_at_served(export)?;
+        if order.asks_inactive() {
+            // A volume has one table, which is in use.
+            info = DmInfo {
+                target_count: 0,
+                read_only: false,
+                ..info
+            };
+        }
         let suspends = |volumes| Suspend {
             volumes,
             timeout_seconds: None,
         };
         match order {
-            DmOrder::Info { .. } => {}
-            DmOrder::Table { .. } => {
-                let (device, lines) = (info, vec![line]);
-                return Ok(DmAnswer::Lines { device, lines });
-            }
-            DmOrder::Status { .. } => {
-                let params = status;
-                let lines = vec![TextLine { params, ..line }];
+            DmOrder::Info { .. } => return Ok(DmAnswer::Device(info)),
+            DmOrder::Table { inactive, .. } | DmOrder::Status { inactive, .. } => {
+                let params = match order {
+                    DmOrder::Table { .. } => line.params,
+                    _ => status,
+                };
+                let line = TextLine { params, ..line };
+                let lines = (!inactive).then_some(line).into_iter().collect();
                 let device = info;
                 return Ok(DmAnswer::Lines { device, lines });
             }
-            DmOrder::Deps { .. } => {
-                let deps = origin.into_iter().map(|path| DmDep::File { path });
-                let (device, deps) = (info, deps.collect());
+            DmOrder::Deps { inactive, .. } => {
+                let deps = origin.into_iter().filter(|_| !inactive);
+                let deps = deps.map(|path| DmDep::File { path }).collect();
+                let device = info;
                 return Ok(DmAnswer::Deps { device, deps });
             }
             DmOrder::Suspend { .. } if !export.contains('@') => {
@@ -530,7 +390,7 @@ fn is_snapshot(lines: &[TableLine]) -> bool {
 }
 
 /// What a device that is nothing but a snapshot-origin is the origin of.
-fn origin_below(lines: &[TableLine]) -> Option<Lower> {
+pub(super) fn origin_below(lines: &[TableLine]) -> Option<Lower> {
     match lines {
         [
             TableLine {
@@ -550,41 +410,10 @@ fn kind(persistence: Persistence) -> StoreKind {
     }
 }
 
-fn letters(kind: StoreKind) -> &'static str {
+pub(super) fn letters(kind: StoreKind) -> &'static str {
     match kind {
         StoreKind::Persistent => "P",
         StoreKind::PersistentOverflow => "PO",
         StoreKind::Transient => "N",
     }
-}
-
-/// Make the file of a store, unless there is something already. True: it was made.
-fn make_file(
-    path: &Path,
-    size: Option<StoreLimit>,
-    kind: StoreKind,
-    chunk: u64,
-    origin_bytes: u64,
-) -> Result<bool, Refused> {
-    if path.exists() {
-        return Ok(false);
-    }
-    let fault = |why: String| Refused::Mapped(format!("{}: {why}", shown(path)));
-    let chunk =
-        ChunkSize::from_sectors(chunk / SECTOR_BYTES).map_err(|error| fault(error.to_string()))?;
-    let bytes = match size {
-        Some(StoreLimit::Bytes(bytes)) => bytes,
-        Some(StoreLimit::PercentOfOrigin(percent)) => {
-            (u128::from(origin_bytes) * u128::from(percent) / 100) as u64
-        }
-        None => all_it_needs(kind, chunk, origin_bytes),
-    };
-    let bytes = bytes.next_multiple_of(SECTOR_BYTES);
-    let file = std::fs::File::create_new(path).map_err(|error| fault(error.to_string()))?;
-    let reserved = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes);
-    reserved.map_err(|error| {
-        let _ = std::fs::remove_file(path);
-        fault(format!("{bytes} bytes for the store: {error}"))
-    })?;
-    Ok(true)
 }

@@ -23,7 +23,14 @@ pub(super) fn targets() -> DmAnswer {
     DmAnswer::Targets(targets.collect())
 }
 
-pub(super) fn info(info: &DeviceInfo) -> DmInfo {
+/// How a device is doing; `inactive`: lines and writability are those of its inactive
+/// table.
+pub(super) fn info(info: &DeviceInfo, inactive: bool) -> DmInfo {
+    let (read_only, target_count) = if inactive {
+        (info.inactive_read_only, info.inactive_target_count)
+    } else {
+        (info.read_only, info.target_count)
+    };
     DmInfo {
         name: info.name.clone(),
         uuid: info.uuid.clone(),
@@ -35,9 +42,9 @@ pub(super) fn info(info: &DeviceInfo) -> DmInfo {
         internal_suspend: false,
         live_table: info.live_table,
         inactive_table: info.inactive_table,
-        read_only: info.read_only,
+        read_only,
         deferred_remove: info.deferred_remove,
-        target_count: info.target_count as u32,
+        target_count: target_count as u32,
     }
 }
 
