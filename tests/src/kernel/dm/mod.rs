@@ -2,6 +2,7 @@
 //! what each of them said.
 //!
 //! - [`step`]: dm commands and I/O, as values and as lines of text,
+//! - [`table`]: tables as values and as text,
 //! - [`model`]: which devices there are and how they stand on each other: enough to
 //!   know which command succeeds and which I/O would wait for ever,
 //! - [`layout`]: the disks, and what lies where on them,
@@ -20,4 +21,5 @@ pub mod model;
 pub mod play;
 pub mod procedures;
 pub mod step;
+pub mod table;
 pub mod words;
