@@ -9,6 +9,7 @@ use super::orders::{Errno, Refused};
 use super::snap::Body;
 use super::{DeviceId, Level, LevelKey, Lower, Mapper, MapperEvent, OrderId, Phase, SnapKey};
 use crate::request::SnapshotId;
+use crate::store::Status;
 use crate::volume::{Event, Volume, VolumeConfig};
 
 /// An order that has not come to its end.
@@ -593,9 +594,19 @@ impl Mapper {
         }
     }
 
+    /// Whether it is, or has a part of, the view of a snapshot that is lost: that was told
+    /// when it came to be, and nothing more can be lost by a flush that fails.
+    fn stands_on_lost(&self, lower: Lower) -> bool {
+        self.bases(lower).into_iter().any(|base| match base {
+            super::Base::Snap(key) => self.snap_status(key) == Status::Invalid,
+            _ => false,
+        })
+    }
+
     fn on_closed(&mut self, key: LevelKey, well: bool) {
+        let stands_on_lost = self.stands_on_lost(self.levels[key].origin);
         if let Phase::Closing { ok } = &mut self.phase {
-            *ok &= well;
+            *ok &= well || stands_on_lost;
         }
         for (_, snap) in &mut self.snaps {
             if snap.level() == Some(key) {

@@ -370,6 +370,46 @@ fn an_end_with_everything_in_use_commits_all_of_it() {
 }
 
 #[test]
+fn an_end_is_a_good_one_where_a_snapshot_with_a_snapshot_was_lost() {
+    let mut rig = Rig::new(11);
+    // Room for one chunk.
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(7), rig.empty_disk(200));
+    let target = Target::Snapshot(pair(disk, cow, 2));
+    let (lower, view) = rig.device("lower", vec![line(0, 32, target)]);
+    let target = Target::Snapshot(pair(view, other, 2));
+    let (upper, _) = rig.device("upper", vec![line(0, 32, target)]);
+    rig.write(disk, 0, 8, 77);
+    assert_eq!(rig.status(lower), "Invalid");
+    assert_eq!(rig.status(upper), "4/200 4");
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
+}
+
+#[test]
+fn tables_of_a_device_share_what_they_have_open_for_the_same_use() {
+    let mut rig = Rig::new(12);
+    let (disk, cow) = (rig.disk(32), rig.empty_disk(200));
+    let (real, base) = rig.device("real", vec![line(0, 32, linear(disk, 0))]);
+    let (store, kept) = rig.device("store", vec![line(0, 200, linear(cow, 0))]);
+    let snapshot = || vec![line(0, 32, Target::Snapshot(pair(base, kept, 2)))];
+    let (snap, _) = rig.device("snap", snapshot());
+    let opened = |rig: &Rig| [real, store].map(|id| rig.mapper.info(id).unwrap().open_count);
+    assert_eq!(opened(&rig), [1, 1]);
+    rig.load(snap, snapshot()).unwrap();
+    assert_eq!(opened(&rig), [1, 1]);
+    rig.resume(snap).unwrap();
+    let origin = || vec![line(0, 32, Target::SnapshotOrigin { origin: base })];
+    let (top, _) = rig.device("top", origin());
+    rig.load(top, origin()).unwrap();
+    assert_eq!(opened(&rig), [2, 1]);
+    // To be merged into it is another use than to be its origin.
+    let merge = vec![line(0, 32, Target::SnapshotMerge(pair(base, kept, 2)))];
+    rig.load(top, merge).unwrap();
+    assert_eq!(opened(&rig), [3, 2]);
+}
+
+#[test]
 fn a_snapshot_that_is_shorter_than_its_origin_keeps_nothing_behind_its_end() {
     let mut rig = Rig::new(10);
     let (disk, cow) = (rig.disk(64), rig.empty_disk(400));

@@ -2,6 +2,8 @@
 //! commands on any device, looks at what there is, refused command lines (`bad.rs`),
 //! and I/O wherever it goes through. While a merge is under way, only I/O.
 
+use std::collections::BTreeSet;
+
 use super::bad;
 use super::layout::Layout;
 use super::model::{Command, Device, Model, Store};
@@ -37,14 +39,18 @@ pub struct Generator {
     /// What lies where.
     pub layout: Layout,
     sequence: Sequence,
-    /// Stores whose bytes the order of things decided that went on side by side.
-    uneven: Vec<On>,
+    /// Store devices whose bytes the order of things decided that went on side by side:
+    /// what the stores show is compared, and they are not.
+    uneven: BTreeSet<String>,
+    /// A write to an origin is copied by one chunk to stores that may be full.
+    is_careful: bool,
 }
 
 /// At least so many steps of a seed.
 pub fn sequence(seed: u64, steps: usize) -> Sequence {
     let mut random = Random::new(seed);
     let layout = Layout::new(STACKS, &mut random);
+    let is_careful = random.one_in(2);
     let mut generator = Generator {
         random,
         model: Model::default(),
@@ -53,7 +59,8 @@ pub fn sequence(seed: u64, steps: usize) -> Sequence {
             steps: Vec::new(),
             expected: Vec::new(),
         },
-        uneven: Vec::new(),
+        uneven: BTreeSet::new(),
+        is_careful,
     };
     while generator.sequence.steps.len() < steps {
         generator.round();
@@ -409,7 +416,42 @@ impl Generator {
             let chunk = chunk * SECTOR;
             return (offset, len.min(chunk - offset % chunk));
         }
-        (offset, len)
+        (offset, self.copied(device, offset, len))
+    }
+
+    /// A write to an origin that a store has not enough room for loses the snapshot;
+    /// whether the chunks before the one that found no room are copied all the same is a
+    /// matter of order, and nobody can ever see them but in the store's own bytes. So
+    /// either it is so short that there are none, or these bytes are not compared.
+    fn copied(&mut self, device: &str, offset: u64, mut len: u64) -> u64 {
+        let mut next = self.model.device(device);
+        let mut small = Vec::new();
+        while let Some(line) = next.and_then(Device::only_line) {
+            let on = match line {
+                Target::Origin { on } => *on,
+                Target::Snapshot(line) if line.merge => line.origin,
+                _ => break,
+            };
+            small.extend(self.model.stores_of(on));
+            next = self.beneath(on);
+        }
+        small.retain(|(cow, _)| !self.is_large(*cow));
+        for (cow, chunk) in small {
+            let left = chunk * SECTOR - offset % (chunk * SECTOR);
+            if self.is_careful {
+                len = len.min(left);
+            } else if len > left {
+                self.uneven.extend(self.name_of(cow));
+            }
+        }
+        len
+    }
+
+    fn name_of(&self, on: On) -> Option<String> {
+        match on {
+            On::Disk(_) => None,
+            On::Device(number) => self.model.name_of(number).map(str::to_owned),
+        }
     }
 
     /// If a request to a device can fill the store that it goes to: the smallest chunk
@@ -504,9 +546,10 @@ impl Generator {
             .values()
             .filter_map(|device| device.only_line());
         let stores = lines.filter_map(|line| match line {
-            Target::Snapshot(line) => Some(line.cow),
+            Target::Snapshot(line) => self.name_of(line.cow),
             _ => None,
         });
+        let stores: Vec<String> = stores.collect();
         self.uneven.extend(stores);
     }
 
@@ -518,7 +561,7 @@ impl Generator {
         let names: Vec<String> = self.model.devices.keys().cloned().collect();
         for name in names {
             let device = &self.model.devices[&name];
-            let even = !self.uneven.contains(&On::Device(device.number));
+            let even = !self.uneven.contains(&name);
             if device.size() > 0 && even && self.model.is_readable(&name) {
                 self.push(Step::Read { device: name }, None);
             }

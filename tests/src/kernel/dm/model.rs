@@ -201,6 +201,12 @@ impl Model {
         self.snapshots_of(origin).any(|(_, line, _)| line.merge)
     }
 
+    /// The stores of an origin's snapshots, and their chunks.
+    pub fn stores_of(&self, origin: On) -> impl Iterator<Item = (On, u64)> {
+        let lines = self.snapshots_of(origin).map(|(_, line, _)| line);
+        lines.map(|line| (line.cow, line.chunk))
+    }
+
     /// The smallest chunk of the snapshots of an origin.
     pub fn smallest_chunk(&self, origin: On) -> u64 {
         let chunks = self.snapshots_of(origin).map(|(_, line, _)| line.chunk);
