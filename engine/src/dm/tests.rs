@@ -387,6 +387,21 @@ fn an_end_is_a_good_one_where_a_snapshot_with_a_snapshot_was_lost() {
 }
 
 #[test]
+fn a_new_name_is_an_event_where_there_is_a_table() {
+    let mut rig = Rig::new(13);
+    let id = rig.create("one");
+    let events = |rig: &Rig| rig.mapper.info(id).unwrap().event_nr;
+    rig.mapper.rename(id, "two").unwrap();
+    assert_eq!(events(&rig), 0);
+    rig.load(id, vec![line(0, 8, Target::Zero)]).unwrap();
+    rig.mapper.rename(id, "three").unwrap();
+    assert_eq!(events(&rig), 0);
+    rig.resume(id).unwrap();
+    rig.mapper.rename(id, "four").unwrap();
+    assert_eq!(events(&rig), 1);
+}
+
+#[test]
 fn tables_of_a_device_share_what_they_have_open_for_the_same_use() {
     let mut rig = Rig::new(12);
     let (disk, cow) = (rig.disk(32), rig.empty_disk(200));

@@ -180,7 +180,7 @@ fn random_commands_succeed_as_the_model_expects() {
     let mut seed = seed(SUITE, "random_commands_succeed_as_the_model_expects");
     let until = Instant::now() + long_run().unwrap_or_default();
     loop {
-        let sequence = sequence(seed, STEPS * 2);
+        let sequence = sequence(seed, STEPS);
         let folder = folder();
         let disks = make_disks(folder.path(), seed);
         let (answers, server) = on_nbdsnap(folder.path(), &disks, &sequence.steps);

@@ -99,7 +99,6 @@ roll() {
 # stall LENGTH MILLISECONDS: how long writes to the second half wait; not the flushes.
 half=$(($1 / 2))
 there="/dev/vda $((200000 + half))"
-sync
 dmsetup reload stall --table "0 $half linear /dev/vda 200000
 $half $half delay $there 0 $there $2 $there 0" && dmsetup resume stall
 END_OF_STALL
@@ -114,6 +113,7 @@ END_OF_BEFORE
 dm-player /test/scattered >/tmp/scattered || exit 1
 grep -c '^outcome [0-9]* 0' /tmp/scattered >/tmp/written
 dd if=/dev/mapper/vol-snap bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1 >/tmp/wanted
+sync # what is still to be written must not wait
 /tmp/stall 32768 600000
 END_OF_SCATTER
     # A merge has come to the second half, or at least begun, before its status is

@@ -7,6 +7,7 @@
 //!   know which command succeeds and which I/O would wait for ever,
 //! - [`layout`]: the disks, and what lies where on them,
 //! - [`generate`]: steps from a seed, sensible ones and mistakes,
+//! - `order`: what is a matter of order there, and how a sequence avoids it,
 //! - [`procedures`]: what people do in several commands, now and then done wrong,
 //! - [`bad`]: command lines that dmsetup refuses,
 //! - [`play`]: plays steps, with dmsetup on the kernel's devices or with `nbdsnap dm`
@@ -18,6 +19,7 @@ pub mod bad;
 pub mod generate;
 pub mod layout;
 pub mod model;
+mod order;
 pub mod play;
 pub mod procedures;
 pub mod step;
