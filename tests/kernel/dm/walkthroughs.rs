@@ -83,7 +83,7 @@ fn follow(what: &str) -> Option<Output> {
     let mut vm = Vm::new(machine);
     for n in 0..3 {
         let disk = folder.path().join(format!("disk{n}"));
-        sparse_file(&disk, 330 * MIB); // XFS takes 300 MiB at least
+        sparse_file(&disk, 128 * MIB);
         vm.disk(&disk);
     }
     let writes = scattered();

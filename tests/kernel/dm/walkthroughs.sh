@@ -80,12 +80,13 @@ linear() {
 }
 
 xfs() {
-    $DMSETUP create plain --table "0 655360 linear /dev/vdc 2048"
-    mkfs.xfs -q -f /dev/mapper/plain
+    $DMSETUP create plain --table "0 131072 linear /dev/vdc 2048"
+    # Smaller than mkfs.xfs likes it: most of the time was spent on zeroing its log.
+    mkfs.xfs -q -f --unsupported -l size=8m /dev/mapper/plain 2>/tmp/mkfs.log || die "mkfs.xfs: $(cat /tmp/mkfs.log)"
     mount -t xfs /dev/mapper/plain /mnt/disk
     begin
     live_xfs plain /dev/vdb /mnt/snapshot /tmp/backup || die live_xfs
-    end plain "0 655360 linear $(cat /sys/block/vdc/dev) 2048" norecovery
+    end plain "0 131072 linear $(cat /sys/block/vdc/dev) 2048" norecovery
 }
 
 # A volume rolled back, with its content looked at in the middle, and when it is done.
