@@ -357,6 +357,8 @@ impl Mapper {
         let snaps: Vec<_> = table.snaps().collect();
         for &key in &snaps {
             if let Err(refused) = self.may_join(key) {
+                // The table is in place all the same, and the one before it is gone.
+                self.drop_replaced(id);
                 return Some(Err(refused));
             }
         }
@@ -526,13 +528,18 @@ impl Mapper {
         if waits {
             return None;
         }
-        let old = device.replaced.take();
         self.release(id);
-        if let Some(old) = old {
-            self.drop_table(&old);
-        }
+        self.drop_replaced(id);
         self.pending[at].progress = Progress::Leaving;
         None
+    }
+
+    /// The table that a device had before the one that is in place goes.
+    fn drop_replaced(&mut self, id: DeviceId) {
+        let device = self.devices.get_mut(&id);
+        if let Some(old) = device.and_then(|device| device.replaced.take()) {
+            self.drop_table(&old);
+        }
     }
 
     /// Volumes without snapshots go, once nothing is in flight in them. True: there is

@@ -402,6 +402,31 @@ fn a_new_name_is_an_event_where_there_is_a_table() {
 }
 
 #[test]
+fn the_table_before_is_gone_where_a_resume_is_refused() {
+    let mut rig = Rig::new(14);
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(200), rig.empty_disk(200));
+    let (store, kept) = rig.device("store", vec![line(0, 200, linear(cow, 0))]);
+    let on = |cow| vec![line(0, 32, Target::Snapshot(pair(disk, cow, 2)))];
+    let (snap, _) = rig.device("snap", on(kept));
+    let (source, _) = rig.device("source", on(other));
+    rig.load(snap, on(other)).unwrap();
+    let refused = rig.resume(snap).unwrap_err();
+    assert_eq!(
+        refused.why,
+        "Unable to perform snapshot handover until source is suspended."
+    );
+    assert_eq!(rig.mapper.info(store).unwrap().open_count, 0);
+    // The old snapshot keeps nothing any more, and the new one can take over.
+    rig.write(disk, 0, 8, 99);
+    assert_eq!(rig.status(source), "12/200 4");
+    rig.suspend(source);
+    rig.resume(snap).unwrap();
+    assert_eq!(rig.status(snap), "12/200 4");
+    let (again, _) = rig.device("again", on(kept));
+    assert_eq!(rig.status(again), "4/200 4");
+}
+
+#[test]
 fn tables_of_a_device_share_what_they_have_open_for_the_same_use() {
     let mut rig = Rig::new(12);
     let (disk, cow) = (rig.disk(32), rig.empty_disk(200));
