@@ -9,6 +9,7 @@ use super::orders::{Errno, Refused};
 use super::snap::Body;
 use super::{DeviceId, Level, LevelKey, Lower, Mapper, MapperEvent, OrderId, Phase, SnapKey};
 use crate::request::SnapshotId;
+use crate::store::Status;
 use crate::volume::{Event, Volume, VolumeConfig};
 
 /// An order that has not come to its end.
@@ -354,6 +355,8 @@ impl Mapper {
         let snaps: Vec<_> = table.snaps().collect();
         for &key in &snaps {
             if let Err(refused) = self.may_join(key) {
+                // The table is in place all the same, and the one before it is gone.
+                self.drop_replaced(id);
                 return Some(Err(refused));
             }
         }
@@ -511,13 +514,18 @@ impl Mapper {
         if waits {
             return None;
         }
-        let old = device.replaced.take();
         self.release(id);
-        if let Some(old) = old {
-            self.drop_table(&old);
-        }
+        self.drop_replaced(id);
         self.pending[at].progress = Progress::Leaving;
         None
+    }
+
+    /// The table that a device had before the one that is in place goes.
+    fn drop_replaced(&mut self, id: DeviceId) {
+        let device = self.devices.get_mut(&id);
+        if let Some(old) = device.and_then(|device| device.replaced.take()) {
+            self.drop_table(&old);
+        }
     }
 
     /// Volumes without snapshots go, once nothing is in flight in them. True: there is
@@ -579,9 +587,19 @@ impl Mapper {
         }
     }
 
+    /// Whether it is, or has a part of, the view of a snapshot that is lost: that was told
+    /// when it came to be, and nothing more can be lost by a flush that fails.
+    fn stands_on_lost(&self, lower: Lower) -> bool {
+        self.bases(lower).into_iter().any(|base| match base {
+            super::Base::Snap(key) => self.snap_status(key) == Status::Invalid,
+            _ => false,
+        })
+    }
+
     fn on_closed(&mut self, key: LevelKey, well: bool) {
+        let stands_on_lost = self.stands_on_lost(self.levels[key].origin);
         if let Phase::Closing { ok } = &mut self.phase {
-            *ok &= well;
+            *ok &= well || stands_on_lost;
         }
         for (_, snap) in &mut self.snaps {
             if snap.level() == Some(key) {

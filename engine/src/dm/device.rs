@@ -23,6 +23,20 @@ pub(super) struct Mapped {
     pub(super) snap: Option<SnapKey>,
 }
 
+/// What a table has a device open for. The kernel reads a snapshot's origin, and only
+/// writes one that is merged into: it looks no closer at it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Usage {
+    reads: bool,
+    writes: bool,
+}
+
+impl Usage {
+    fn is_any(self) -> bool {
+        self.reads || self.writes
+    }
+}
+
 /// A table that was loaded.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -65,6 +79,33 @@ impl Table {
         lowers.sort_unstable();
         lowers.dedup();
         lowers
+    }
+
+    /// What the table has something open for.
+    fn usage(&self, lower: Lower) -> Usage {
+        let mut usage = Usage::default();
+        for Mapped { line, .. } in &self.lines {
+            let (pair, merges) = match &line.target {
+                Target::Snapshot(pair) => (pair, false),
+                Target::SnapshotMerge(pair) => (pair, true),
+                target => {
+                    if target.lowers().contains(&lower) {
+                        usage.reads = true;
+                        usage.writes |= !self.read_only;
+                    }
+                    continue;
+                }
+            };
+            if pair.origin == lower {
+                usage.reads |= !merges;
+                usage.writes |= merges;
+            }
+            if pair.cow == lower {
+                usage.reads = true;
+                usage.writes |= !self.read_only;
+            }
+        }
+        usage
     }
 
     /// The lines that have something of `start..end`, in bytes, with which part of it.
@@ -198,12 +239,17 @@ impl Mapper {
         block
     }
 
-    /// How many tables name it.
+    /// How often devices have it open. As in the kernel, the tables of one device share
+    /// what they open for the same use.
     pub(super) fn names(&self, lower: Lower) -> usize {
-        let tables = self.devices.values().flat_map(Device::tables);
-        tables
-            .filter(|table| table.lowers().contains(&lower))
-            .count()
+        let opened = self.devices.values().map(|device| {
+            let uses = device.tables().map(|table| table.usage(lower));
+            let mut uses: Vec<_> = uses.filter(|usage| usage.is_any()).collect();
+            uses.sort_unstable();
+            uses.dedup();
+            uses.len()
+        });
+        opened.sum()
     }
 
     pub(super) fn is_named(&self, lower: Lower) -> bool {

@@ -370,7 +370,8 @@ impl Mapper {
         }
         let device = self.device_mut(id)?;
         device.name = name.into();
-        device.event_nr += 1;
+        // It is the table in use that has events.
+        device.event_nr += u32::from(device.live.is_some());
         self.settle();
         Ok(())
     }

@@ -370,6 +370,86 @@ fn an_end_with_everything_in_use_commits_all_of_it() {
 }
 
 #[test]
+fn an_end_is_a_good_one_where_a_snapshot_with_a_snapshot_was_lost() {
+    let mut rig = Rig::new(11);
+    // Room for one chunk.
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(7), rig.empty_disk(200));
+    let target = Target::Snapshot(pair(disk, cow, 2));
+    let (lower, view) = rig.device("lower", vec![line(0, 32, target)]);
+    let target = Target::Snapshot(pair(view, other, 2));
+    let (upper, _) = rig.device("upper", vec![line(0, 32, target)]);
+    rig.write(disk, 0, 8, 77);
+    assert_eq!(rig.status(lower), "Invalid");
+    assert_eq!(rig.status(upper), "4/200 4");
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
+}
+
+#[test]
+fn a_new_name_is_an_event_where_there_is_a_table() {
+    let mut rig = Rig::new(13);
+    let id = rig.create("one");
+    let events = |rig: &Rig| rig.mapper.info(id).unwrap().event_nr;
+    rig.mapper.rename(id, "two").unwrap();
+    assert_eq!(events(&rig), 0);
+    rig.load(id, vec![line(0, 8, Target::Zero)]).unwrap();
+    rig.mapper.rename(id, "three").unwrap();
+    assert_eq!(events(&rig), 0);
+    rig.resume(id).unwrap();
+    rig.mapper.rename(id, "four").unwrap();
+    assert_eq!(events(&rig), 1);
+}
+
+#[test]
+fn the_table_before_is_gone_where_a_resume_is_refused() {
+    let mut rig = Rig::new(14);
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(200), rig.empty_disk(200));
+    let (store, kept) = rig.device("store", vec![line(0, 200, linear(cow, 0))]);
+    let on = |cow| vec![line(0, 32, Target::Snapshot(pair(disk, cow, 2)))];
+    let (snap, _) = rig.device("snap", on(kept));
+    let (source, _) = rig.device("source", on(other));
+    rig.load(snap, on(other)).unwrap();
+    let refused = rig.resume(snap).unwrap_err();
+    assert_eq!(
+        refused.why,
+        "Unable to perform snapshot handover until source is suspended."
+    );
+    assert_eq!(rig.mapper.info(store).unwrap().open_count, 0);
+    // The old snapshot keeps nothing any more, and the new one can take over.
+    rig.write(disk, 0, 8, 99);
+    assert_eq!(rig.status(source), "12/200 4");
+    rig.suspend(source);
+    rig.resume(snap).unwrap();
+    assert_eq!(rig.status(snap), "12/200 4");
+    let (again, _) = rig.device("again", on(kept));
+    assert_eq!(rig.status(again), "4/200 4");
+}
+
+#[test]
+fn tables_of_a_device_share_what_they_have_open_for_the_same_use() {
+    let mut rig = Rig::new(12);
+    let (disk, cow) = (rig.disk(32), rig.empty_disk(200));
+    let (real, base) = rig.device("real", vec![line(0, 32, linear(disk, 0))]);
+    let (store, kept) = rig.device("store", vec![line(0, 200, linear(cow, 0))]);
+    let snapshot = || vec![line(0, 32, Target::Snapshot(pair(base, kept, 2)))];
+    let (snap, _) = rig.device("snap", snapshot());
+    let opened = |rig: &Rig| [real, store].map(|id| rig.mapper.info(id).unwrap().open_count);
+    assert_eq!(opened(&rig), [1, 1]);
+    rig.load(snap, snapshot()).unwrap();
+    assert_eq!(opened(&rig), [1, 1]);
+    rig.resume(snap).unwrap();
+    let origin = || vec![line(0, 32, Target::SnapshotOrigin { origin: base })];
+    let (top, _) = rig.device("top", origin());
+    rig.load(top, origin()).unwrap();
+    assert_eq!(opened(&rig), [2, 1]);
+    // To be merged into it is another use than to be its origin.
+    let merge = vec![line(0, 32, Target::SnapshotMerge(pair(base, kept, 2)))];
+    rig.load(top, merge).unwrap();
+    assert_eq!(opened(&rig), [3, 2]);
+}
+
+#[test]
 fn a_snapshot_that_is_shorter_than_its_origin_keeps_nothing_behind_its_end() {
     let mut rig = Rig::new(10);
     let (disk, cow) = (rig.disk(64), rig.empty_disk(400));

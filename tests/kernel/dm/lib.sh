@@ -8,6 +8,7 @@
 trace() {
     export TRACE=$1 TRACED=$2
     : >$TRACE
+    rm -f $TRACE.major
 }
 
 # A server of nbdsnap without any disk, which takes orders.

@@ -40,6 +40,7 @@ write_on() {
         n=$((n + 1))
         echo $n >>/mnt/disk/log && sync /mnt/disk/log || exit 1
         echo $n >>/tmp/acknowledged
+        usleep 20000 # for the others under emulation
     done
 }
 has_written() { [ $(wc -l </tmp/acknowledged) -ge $1 ]; }
@@ -79,60 +80,88 @@ linear() {
 }
 
 xfs() {
-    $DMSETUP create plain --table "0 655360 linear /dev/vdc 2048"
-    mkfs.xfs -q -f /dev/mapper/plain
+    $DMSETUP create plain --table "0 131072 linear /dev/vdc 2048"
+    # Smaller than mkfs.xfs likes it: most of the time was spent on zeroing its log.
+    mkfs.xfs -q -f --unsupported -l size=8m /dev/mapper/plain 2>/tmp/mkfs.log || die "mkfs.xfs: $(cat /tmp/mkfs.log)"
     mount -t xfs /dev/mapper/plain /mnt/disk
     begin
     live_xfs plain /dev/vdb /mnt/snapshot /tmp/backup || die live_xfs
-    end plain "0 655360 linear $(cat /sys/block/vdc/dev) 2048" norecovery
+    end plain "0 131072 linear $(cat /sys/block/vdc/dev) 2048" norecovery
 }
 
-# A volume rolled back, with its content looked at when it has hardly been copied, and
-# when it is done. The program reads it past the page cache.
+# A volume rolled back, with its content looked at in the middle, and when it is done.
+# The program reads it past the page cache. It lies on a device of the harness whose
+# second half, from the roll-back on, keeps writes waiting until it has been looked at.
 content() { dd if=/dev/mapper/vol bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1; }
 roll() {
+    modprobe dm-delay
+    cat >/tmp/stall <<'END_OF_STALL'
+#!/bin/sh
+# stall LENGTH MILLISECONDS: how long writes to the second half wait; not the flushes.
+half=$(($1 / 2))
+there="/dev/vda $((200000 + half))"
+dmsetup reload stall --table "0 $half linear /dev/vda 200000
+$half $half delay $there 0 $there $2 $there 0" && dmsetup resume stall
+END_OF_STALL
     cat >/tmp/before <<'END_OF_BEFORE'
 #!/bin/sh
-dd if=/dev/urandom of=/dev/mapper/vol bs=1M count=8 oflag=direct 2>/dev/null
+dd if=/dev/urandom of=/dev/mapper/vol bs=1M count=16 oflag=direct 2>/dev/null
 END_OF_BEFORE
-    # What is new is written to the snapshot, then to the volume, in chunks that do
-    # not lie side by side: each is a step of the merge.
+    # What is new is written to the snapshot and to the volume, at last to their first
+    # half: there the merge begins.
     cat >/tmp/scatter <<'END_OF_SCATTER'
 #!/bin/sh
 dm-player /test/scattered >/tmp/scattered || exit 1
 grep -c '^outcome [0-9]* 0' /tmp/scattered >/tmp/written
 dd if=/dev/mapper/vol-snap bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1 >/tmp/wanted
+sync # what is still to be written must not wait
+/tmp/stall 32768 600000
 END_OF_SCATTER
+    # A merge has come to the second half, or at least begun, before its status is
+    # asked for.
+    cat >/tmp/begun <<'END_OF_BEGUN'
+#!/bin/sh
+"$TRACED" status $1 >/tmp/status
+grep -q snapshot-merge /tmp/status || exec cp /tmp/status /tmp/status.before
+allocated() { awk '{ split($4, sectors, "/"); print sectors[1] }' $1; }
+tries=1200
+until [ $(allocated /tmp/status) -lt $(allocated /tmp/status.before) ] || [ $tries = 0 ]; do
+    tries=$((tries - 1))
+    usleep 100000
+    "$TRACED" status $1 >/tmp/status
+done
+END_OF_BEGUN
     cat >/tmp/rolled <<'END_OF_ROLLED'
 #!/bin/sh
 dd if=/dev/mapper/vol bs=64k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1 >/tmp/rolled.sum
+/tmp/stall 32768 0
 END_OF_ROLLED
-    chmod +x /tmp/before /tmp/scatter /tmp/rolled
-    BEFORE=/tmp/before AFTER=/tmp/scatter ROLLED=/tmp/rolled roll_back vol /dev/vda 200000 16384 /dev/vdd 8192 32768 >/tmp/told || die "roll_back: $(cat /tmp/told)"
-    [ $(cat /tmp/written) = $1 ] || die "roll_back: $(cat /tmp/written) writes, not $1"
+    chmod +x /tmp/stall /tmp/before /tmp/scatter /tmp/begun /tmp/rolled
+    dmsetup create stall --major $(awk '$2 == "device-mapper" { print $1 }' /proc/devices) --minor 999 --table "0 32768 linear /dev/vda 200000"
+    export BEFORE_STATUS=/tmp/begun
+    BEFORE=/tmp/before AFTER=/tmp/scatter ROLLED=/tmp/rolled roll_back vol /dev/mapper/stall 0 32768 /dev/vdb 8192 32768 >/tmp/told || die "roll_back: $(cat /tmp/told)"
+    unset BEFORE_STATUS
+    [ $(cat /tmp/written) = $WRITES ] || die "roll_back: $(cat /tmp/written) writes, not $WRITES"
     [ $(cat /tmp/wanted) = $(cat /tmp/rolled.sum) ] || die roll_back: not rolled back at once
     [ $(cat /tmp/wanted) = $(content) ] || die roll_back: not rolled back at the end
     sed "s/^/told.$SIDE /" /tmp/told
-    [ $($DMSETUP ls | cut -f1) = vol ] || die "devices are left: $($DMSETUP ls)"
+    [ $($DMSETUP ls | cut -f1 | grep -v stall) = vol ] || die "devices are left: $($DMSETUP ls)"
     $DMSETUP remove vol
+    dmsetup remove stall
 }
 
-# All of it with one program: SIDE and the program.
+# follow WHAT: with dmsetup, then with nbdsnap in its place; what they print.
 follow() {
-    SIDE=$1
-    trace /tmp/linear.$1 $2
-    linear
-    trace /tmp/xfs.$1 $2
-    xfs
-    trace /tmp/roll.$1 $2
-    roll $WRITES
+    SIDE=kernel
+    trace /tmp/$1.kernel dmsetup
+    $1
+    say uptime.kernel $(cut -d' ' -f1 /proc/uptime)
+    dd if=/dev/zero of=/dev/vdb bs=1M count=24 conv=fsync 2>/dev/null
+    serve_dm
+    SIDE=nbdsnap
+    trace /tmp/$1.nbdsnap /test/dmsetup_by_nbdsnap
+    $1
+    stop_server
+    say uptime.nbdsnap $(cut -d' ' -f1 /proc/uptime)
+    same /tmp/$1
 }
-
-follow kernel dmsetup
-dd if=/dev/zero of=/dev/vdb bs=1M count=24 conv=fsync 2>/dev/null
-serve_dm
-follow nbdsnap /test/dmsetup_by_nbdsnap
-stop_server
-same /tmp/linear
-same /tmp/xfs
-same /tmp/roll

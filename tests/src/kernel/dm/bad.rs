@@ -122,6 +122,30 @@ const LINES: [&[&str]; 34] = [
     &["table", "--nosuch"],
 ];
 
+/// All of them; `device` is loaded with the tables.
+pub fn every(device: &str) -> Vec<Step> {
+    let targets = ["snapshot", "snapshot-merge"].into_iter();
+    let snapshots = targets.flat_map(|target| {
+        let arguments = SNAPSHOTS.iter();
+        arguments.map(move |arguments| format!("0 512 {target} {arguments}"))
+    });
+    let tables = TABLES.iter().map(|&table| table.to_owned());
+    let tables: Vec<String> = tables.chain(snapshots).collect();
+    let given = |verb: &str, name: &str, table: &str| Step::dm([verb, name, "--table", table]);
+    let loads = tables.iter().map(|table| given("load", device, table));
+    let made = tables.iter().filter(|table| !table.is_empty());
+    let large = TOO_LARGE.iter().map(|&table| given("create", "new", table));
+    let lines = LINES.iter().map(|line| Step::dm(line.iter().copied()));
+    loads
+        .chain(made.map(|table| Step::Dm {
+            args: ["create", "new"].map(str::to_owned).to_vec(),
+            input: Some(format!("{table}\n")),
+        }))
+        .chain(large)
+        .chain(lines)
+        .collect()
+}
+
 /// One that is refused. `device`, if there is one, is a device that is loaded with a
 /// table that is refused.
 pub fn command(device: Option<&str>, random: &mut Random) -> Step {

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::model::{Line, On, Table, Target};
+use super::table::{Line, On, Table, Target};
 use crate::harness::random::Random;
 
 const SECTOR: u64 = 512;
@@ -13,7 +13,7 @@ const SECTOR: u64 = 512;
 pub const DISKS: usize = 3;
 
 /// Sectors of a disk.
-const DISK: u64 = 32 << 11;
+pub const DISK: u64 = 32 << 11;
 
 /// What lies before belongs to nobody: no store begins where a disk begins.
 const FIRST: u64 = 64;

@@ -4,86 +4,11 @@
 //! data, and of a store only whether the kernel would open it.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
-/// What a line of a table stands on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum On {
-    /// The disk `@a`, `@b`, ...
-    Disk(char),
-    /// A device, by its number in the model: names change.
-    Device(u64),
-}
-
-/// How a store is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// `P`.
-    Persistent,
-    /// `PO`.
-    Overflow,
-    /// `N`.
-    Transient,
-}
-
-/// What a line of a table does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// Reads as zeros.
-    Zero,
-    /// Fails.
-    Error,
-    /// A part of something.
-    Linear {
-        /// Of what.
-        on: On,
-        /// From which sector.
-        start: u64,
-    },
-    /// Stripes over several.
-    Striped {
-        /// Sectors of a stripe's piece.
-        chunk: u64,
-        /// What, from which sector.
-        on: Vec<(On, u64)>,
-    },
-    /// `snapshot-origin`.
-    Origin {
-        /// The origin.
-        on: On,
-    },
-    /// `snapshot` or `snapshot-merge`.
-    Snapshot(Snapshot),
-}
-
-/// A line of a snapshot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// What it is of.
-    pub origin: On,
-    /// Where its old chunks go.
-    pub cow: On,
-    /// How its store is kept.
-    pub kind: Kind,
-    /// The word for that, which has more spellings than one.
-    pub word: &'static str,
-    /// Sectors in a chunk.
-    pub chunk: u64,
-    /// Whether it is merged into its origin.
-    pub merge: bool,
-}
-
-/// A line of a table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
-    /// Its sectors.
-    pub len: u64,
-    /// What they do.
-    pub target: Target,
-}
-
-/// A table, from sector 0 on.
-pub type Table = Vec<Line>;
+use super::layout::DISK;
+use super::table::{
+    Kind, On, Snapshot, Table, Target, reaches, size, snapshots, snapshots_mut, stands_on,
+};
 
 /// A command whose effect the model knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,6 +59,8 @@ struct Loaded {
     table: Table,
     /// Its snapshots take part: it has been resumed.
     active: bool,
+    /// Its snapshot has its store: it neither waits for it nor has given it away.
+    holds: bool,
     /// Its merge has been waited for.
     merged: bool,
 }
@@ -150,12 +77,23 @@ pub struct Device {
     inactive: Option<Loaded>,
     /// Whether it is suspended.
     pub suspended: bool,
+    /// Whether a table has ever been loaded: sizes are checked with the first one, and
+    /// later when one is to be used.
+    was_loaded: bool,
+    /// Whether there is a node of its name: dmsetup makes it with the first resume that
+    /// succeeds.
+    has_node: bool,
 }
 
 impl Device {
     /// The table in use.
     pub fn table(&self) -> Option<&Table> {
         self.live.as_ref().map(|loaded| &loaded.table)
+    }
+
+    /// Whether it can be called `/dev/mapper/NAME`, on a command line and in tables.
+    pub fn has_node(&self) -> bool {
+        self.has_node && self.size() > 0
     }
 
     /// Whether a table waits for the next resume.
@@ -185,34 +123,6 @@ impl Device {
         self.live.as_ref().is_some_and(|live| {
             live.active && !live.merged && snapshots(&live.table).any(|line| line.merge)
         })
-    }
-}
-
-/// Sectors of a table.
-pub fn size(table: &[Line]) -> u64 {
-    table.iter().map(|line| line.len).sum()
-}
-
-fn snapshots(table: &[Line]) -> impl Iterator<Item = &Snapshot> {
-    table.iter().filter_map(|line| match &line.target {
-        Target::Snapshot(line) => Some(line),
-        _ => None,
-    })
-}
-
-fn snapshots_mut(table: &mut Table) -> impl Iterator<Item = &mut Snapshot> {
-    table.iter_mut().filter_map(|line| match &mut line.target {
-        Target::Snapshot(line) => Some(line),
-        _ => None,
-    })
-}
-
-fn stands_on(target: &Target) -> Vec<On> {
-    match target {
-        Target::Zero | Target::Error => Vec::new(),
-        Target::Linear { on, .. } | Target::Origin { on } => vec![*on],
-        Target::Striped { on, .. } => on.iter().map(|(on, _)| *on).collect(),
-        Target::Snapshot(line) => vec![line.origin, line.cow],
     }
 }
 
@@ -291,10 +201,45 @@ impl Model {
         self.snapshots_of(origin).any(|(_, line, _)| line.merge)
     }
 
+    /// The stores of an origin's snapshots, and their chunks.
+    pub fn stores_of(&self, origin: On) -> impl Iterator<Item = (On, u64)> {
+        let lines = self.snapshots_of(origin).map(|(_, line, _)| line);
+        lines.map(|line| (line.cow, line.chunk))
+    }
+
     /// The smallest chunk of the snapshots of an origin.
-    fn smallest_chunk(&self, origin: On) -> u64 {
+    pub fn smallest_chunk(&self, origin: On) -> u64 {
         let chunks = self.snapshots_of(origin).map(|(_, line, _)| line.chunk);
         chunks.min().unwrap_or(NO_CHUNK)
+    }
+
+    /// The same, as the kernel knows it: it has a store's chunk only with the store.
+    fn smallest_held_chunk(&self, origin: On) -> u64 {
+        let loaded = self.devices.values().flat_map(Device::loaded);
+        let held = loaded.filter(|loaded| loaded.holds);
+        let lines = held.flat_map(|loaded| snapshots(&loaded.table));
+        let chunks = lines.filter(|line| line.origin == origin);
+        chunks.map(|line| line.chunk).min().unwrap_or(NO_CHUNK)
+    }
+
+    /// Sectors of something that a table may name.
+    fn size_of(&self, on: On) -> u64 {
+        match on {
+            On::Disk(_) => DISK,
+            On::Device(number) => self.by_number(number).map_or(0, Device::size),
+        }
+    }
+
+    /// Whether everything that a table names lies within what it is part of.
+    fn fits(&self, table: &Table) -> bool {
+        reaches(table).all(|(on, end)| end <= self.size_of(on))
+    }
+
+    fn has_node(&self, on: On) -> bool {
+        match on {
+            On::Disk(_) => true,
+            On::Device(number) => self.by_number(number).is_some_and(Device::has_node),
+        }
     }
 
     /// A write to this device must not cross borders of so many sectors: the kernel
@@ -405,6 +350,11 @@ impl Model {
     }
 
     fn may_load(&self, table: &Table) -> bool {
+        let mut below = table.iter().flat_map(|line| stands_on(&line.target));
+        below.all(|on| self.has_node(on)) && self.may_load_lines(table)
+    }
+
+    fn may_load_lines(&self, table: &Table) -> bool {
         table.iter().all(|line| match &line.target {
             Target::Snapshot(line) => {
                 let shared = self.sharing(line);
@@ -421,10 +371,7 @@ impl Model {
                     && !self.is_blocked(line.cow)
                     && (!line.merge || self.may_merge(line))
             }
-            target => stands_on(target).iter().all(|on| match on {
-                On::Disk(_) => true,
-                On::Device(number) => self.by_number(*number).is_some_and(|d| d.size() > 0),
-            }),
+            _ => true,
         })
     }
 
@@ -489,6 +436,8 @@ impl Model {
             live: None,
             inactive: None,
             suspended: false,
+            was_loaded: false,
+            has_node: false,
         };
         self.devices.insert(name.to_owned(), device);
         let Some(table) = table else {
@@ -502,10 +451,12 @@ impl Model {
     }
 
     fn load(&mut self, name: &str, table: &Table) -> bool {
-        if !self.devices.contains_key(name) {
+        let Some(device) = self.device(name) else {
             return false;
-        }
+        };
+        let is_first = !device.was_loaded;
         let mut table = table.clone();
+        let mut holds = true;
         for line in snapshots_mut(&mut table) {
             let (active, waiting) = self.sharing(line);
             let transient = line.kind == Kind::Transient;
@@ -522,7 +473,8 @@ impl Model {
                 }
                 _ => line.chunk = self.chunks[&line.cow],
             }
-            if active == 0 {
+            holds = active == 0;
+            if holds {
                 let store = if transient {
                     Store::Unknown
                 } else {
@@ -531,10 +483,16 @@ impl Model {
                 self.stores.insert(line.cow, store);
             }
         }
+        // The stores have been opened, and made, before this is looked at.
+        if is_first && !self.fits(&table) {
+            return false;
+        }
         let device = self.devices.get_mut(name).expect("it is there");
+        device.was_loaded = true;
         device.inactive = Some(Loaded {
             table,
             active: false,
+            holds,
             merged: false,
         });
         true
@@ -545,16 +503,20 @@ impl Model {
             return false;
         };
         let mut before = None;
-        if device.inactive.is_some() {
-            before = std::mem::replace(&mut device.live, device.inactive.take());
+        if let Some(next) = device.inactive.take() {
             device.suspended = true;
+            if !self.fits(&next.table) {
+                return false;
+            }
+            let device = self.devices.get_mut(name).expect("it is there");
+            before = device.live.replace(next);
         } else if !device.suspended {
             return true;
         }
-        let Some(live) = &device.live else {
+        let Some(live) = &self.devices[name].live else {
             return false;
         };
-        let (number, active) = (device.number, live.active);
+        let (number, active) = (self.devices[name].number, live.active);
         let lines: Vec<Snapshot> = snapshots(&live.table).cloned().collect();
         if !lines
             .iter()
@@ -562,17 +524,40 @@ impl Model {
         {
             return false;
         }
+        if !active && let Some(line) = lines.first() {
+            self.hand_over(name, line, before.as_ref());
+        }
         let origin = match self.devices[name].only_line() {
             Some(Target::Origin { on }) => Some(*on),
             Some(Target::Snapshot(line)) => Some(line.origin),
             _ => None,
         };
-        let split = origin.map_or(NO_CHUNK, |origin| self.smallest_chunk(origin));
+        let split = origin.map_or(NO_CHUNK, |origin| self.smallest_held_chunk(origin));
         let device = self.devices.get_mut(name).expect("it is there");
         device.split = split;
         device.suspended = false;
+        device.has_node = true;
         device.live.as_mut().expect("a table").active = true;
         true
+    }
+
+    /// A snapshot that waited takes over from the one that was active, which may be
+    /// that of the same device's table before.
+    fn hand_over(&mut self, name: &str, line: &Snapshot, before: Option<&Loaded>) {
+        let is_source = |loaded: &Loaded| {
+            let mut lines = snapshots(&loaded.table);
+            loaded.active && lines.any(|o| o.origin == line.origin && o.cow == line.cow)
+        };
+        let mut live = self.devices.values_mut().filter_map(|d| d.live.as_mut());
+        let source = live.find(|loaded| is_source(loaded));
+        let held = match source {
+            Some(source) => Some(std::mem::replace(&mut source.holds, false)),
+            None => before.filter(|loaded| is_source(loaded)).map(|b| b.holds),
+        };
+        let device = self.devices.get_mut(name).expect("it is there");
+        if let (Some(held), Some(live)) = (held, device.live.as_mut()) {
+            live.holds = held;
+        }
     }
 
     /// The rules of handover; `before` is the table that the device has had until now.
@@ -598,40 +583,7 @@ impl Model {
 
     /// A table as text.
     pub fn text(&self, table: &Table) -> String {
-        let mut text = String::new();
-        let mut start = 0;
-        for Line { len, target } in table {
-            let words = self.words(target);
-            let _ = writeln!(text, "{start} {len} {words}");
-            start += len;
-        }
-        text.pop();
-        text
-    }
-
-    fn words(&self, target: &Target) -> String {
-        match target {
-            Target::Zero => "zero".to_owned(),
-            Target::Error => "error".to_owned(),
-            Target::Linear { on, start } => format!("linear {} {start}", self.path(*on)),
-            Target::Striped { chunk, on } => {
-                let parts = on.iter().fold(String::new(), |mut text, (on, start)| {
-                    let _ = write!(text, " {} {start}", self.path(*on));
-                    text
-                });
-                format!("striped {} {chunk}{parts}", on.len())
-            }
-            Target::Origin { on } => format!("snapshot-origin {}", self.path(*on)),
-            Target::Snapshot(line) => {
-                let target = if line.merge {
-                    "snapshot-merge"
-                } else {
-                    "snapshot"
-                };
-                let (origin, cow) = (self.path(line.origin), self.path(line.cow));
-                format!("{target} {origin} {cow} {} {}", line.word, line.chunk)
-            }
-        }
+        super::table::text(table, |on| self.path(on))
     }
 
     fn path(&self, on: On) -> String {

@@ -4,7 +4,8 @@
 
 use super::generate::Generator;
 use super::layout::CHUNKS;
-use super::model::{Command, Kind, Line, On, Snapshot, Store, Table, Target};
+use super::model::{Command, Store};
+use super::table::{Kind, Line, On, Snapshot, Table, Target};
 
 /// The words for each kind of store.
 const WORDS: [(Kind, &str); 8] = [
@@ -50,10 +51,10 @@ fn origin_name(stack: usize) -> String {
     format!("o{stack}")
 }
 
-/// The number of a device, if it is there and has a table.
+/// The number of a device, if it is there and a table can name it.
 fn on(generator: &Generator, name: &str) -> Option<On> {
     let device = generator.model.device(name)?;
-    (device.size() > 0).then_some(On::Device(device.number))
+    device.has_node().then_some(On::Device(device.number))
 }
 
 fn create(name: &str, table: Table) -> Command {
@@ -285,7 +286,7 @@ pub fn merge(generator: &mut Generator, stack: usize) {
 }
 
 /// Requests, and now and then a stop, until it is waited for.
-fn while_it_merges(generator: &mut Generator) {
+pub fn while_it_merges(generator: &mut Generator) {
     let Some(name) = generator.merging() else {
         return;
     };
@@ -293,13 +294,10 @@ fn while_it_merges(generator: &mut Generator) {
     for _ in 0..generator.random.below(6) {
         generator.write();
         if generator.random.one_in(4) {
-            generator.command(&Command::Suspend(name.clone()));
-            generator.command(&Command::Resume(name.clone()));
+            generator.stop_for_a_moment(&name);
         }
     }
-    if generator.merging().is_some() {
-        generator.wait_for_merge(&name);
-    }
+    generator.wait_for_merge(&name);
 }
 
 /// A snapshot of a snapshot, with an origin over it.
@@ -337,6 +335,7 @@ pub fn exchange_base(generator: &mut Generator, stack: usize) {
 
 /// Whatever is suspended goes on; what has been given away goes.
 pub fn mend(generator: &mut Generator) {
+    while_it_merges(generator);
     for _ in 0..2 {
         let all = generator.model.devices.iter();
         let held = all.filter(|(_, device)| device.suspended || device.has_inactive());

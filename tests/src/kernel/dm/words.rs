@@ -15,6 +15,8 @@ pub struct Numbers {
     pub dm: u64,
     /// What tables say for the disks `@a`, `@b`, ...: `MAJOR:MINOR`, or a file's path.
     pub disks: Vec<String>,
+    /// What `deps -o devname` says for them, between its brackets.
+    pub names: Vec<String>,
 }
 
 /// Steps that ask a side for its numbers; a device of this name must not be there.
@@ -32,6 +34,7 @@ pub fn probes(disks: usize) -> Vec<Step> {
             "probe",
         ]));
         steps.push(Step::dm(["table", "probe"]));
+        steps.push(Step::dm(["deps", "-o", "devname", "probe"]));
         steps.push(Step::dm(["remove", "probe"]));
     }
     steps
@@ -41,16 +44,21 @@ impl Numbers {
     /// The numbers in the outcomes of [`probes`].
     pub fn learn(outcomes: &[Outcome]) -> Self {
         let mut dm = 0;
-        let mut disks = Vec::new();
-        for probe in outcomes.chunks(4) {
+        let (mut disks, mut names) = (Vec::new(), Vec::new());
+        for probe in outcomes.chunks(5) {
             for outcome in probe {
                 assert_eq!(outcome.code, 0, "a side cannot be asked: {outcome}");
             }
             dm = probe[1].out[0].trim().parse().expect("a major number");
             let disk = probe[2].out[0].split_whitespace().nth(3);
             disks.push(disk.expect("the disk of a linear line").to_owned());
+            let deps = &probe[3].out[0];
+            let name = deps
+                .split_once('(')
+                .and_then(|(_, rest)| rest.strip_suffix(')'));
+            names.push(name.expect("a name in brackets").to_owned());
         }
-        Self { dm, disks }
+        Self { dm, disks, names }
     }
 
     /// An outcome in common words.
@@ -71,14 +79,14 @@ impl Numbers {
         let columns = COLUMNS.get_or_init(|| {
             Regex::new(r"^(\S+) +(\d+|Maj) +(\d+|Min) (Stat|[L-][I-])").expect("a pattern")
         });
+        let names = ('a'..).zip(&self.names);
+        let line = names.fold(line.to_owned(), |line, (letter, name)| {
+            line.replace(&format!("({name})"), &format!("(@{letter})"))
+        });
         let paths = ('a'..).zip(&self.disks);
         let paths = paths.filter(|(_, disk)| disk.starts_with('/'));
-        let line = paths.fold(line.to_owned(), |line, (letter, path)| {
-            let common = format!("@{letter}");
-            // As `deps -o devname` has it.
-            let name = path.rsplit('/').next().unwrap_or(path);
-            line.replace(path, &common)
-                .replace(&format!("({name})"), &format!("({common})"))
+        let line = paths.fold(line, |line, (letter, path)| {
+            line.replace(path, &format!("@{letter}"))
         });
         let line = pair.replace_all(&line, |found: &Captures<'_>| self.word(found));
         let line = columns.replace(&line, |found: &Captures<'_>| {
@@ -155,12 +163,17 @@ mod tests {
         let numbers = Numbers {
             dm: 254,
             disks: vec!["252:0".to_owned(), "/tmp/b".to_owned()],
+            names: vec!["vda".to_owned(), "b".to_owned()],
         };
         let cases = [
             ("0 8 snapshot 252:0 254:3 P 8", "0 8 snapshot @a dm:3 P 8"),
             (
                 "2 dependencies\t: (/tmp/b) (254, 1)",
                 "2 dependencies\t: (@b) (dm, 1)",
+            ),
+            (
+                "3 dependencies\t: (vda) (b) (c1)",
+                "3 dependencies\t: (@a) (@b) (c1)",
             ),
             ("Major, minor:      254, 3", "Major, minor:      dm, 3"),
             (
