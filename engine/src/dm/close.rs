@@ -3,7 +3,8 @@
 
 use super::route::Asked;
 use super::snap::Body;
-use super::{LevelKey, Mapper, MapperEvent, Phase};
+use super::{Base, LevelKey, Mapper, MapperEvent, Phase};
+use crate::store::Status;
 
 impl Mapper {
     /// Answer new requests with [`crate::Failure::ShuttingDown`], let the others end,
@@ -79,8 +80,16 @@ impl Mapper {
     }
 
     pub(super) fn on_closed(&mut self, key: LevelKey, well: bool) {
+        // A snapshot that is lost has nothing left that a flush could save.
+        let of_lost = self
+            .bases(self.levels[key].origin)
+            .iter()
+            .any(|base| match base {
+                Base::Snap(snap) => self.snap_status(*snap) == Status::Invalid,
+                _ => false,
+            });
         if let Phase::Closing { ok } = &mut self.phase {
-            *ok &= well;
+            *ok &= well || of_lost;
         }
         for (_, snap) in &mut self.snaps {
             if snap.level() == Some(key) {

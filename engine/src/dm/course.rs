@@ -178,7 +178,10 @@ impl Mapper {
     fn begin_resume(&mut self, at: usize, id: DeviceId, noflush: bool) -> Done {
         let device = &self.devices[&id];
         if device.inactive.is_some() {
-            self.begin_standstill(id);
+            // Once: whoever is told something is looked at again, and so is this order.
+            if self.pending[at].progress == Progress::Waiting {
+                self.begin_standstill(id);
+            }
             let _ = self.end_standstill(at, id, noflush)?;
             if let Err(refused) = self.exchange(id) {
                 return Some(Err(refused));

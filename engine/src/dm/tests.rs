@@ -1,6 +1,5 @@
 //! Mapped devices over disks in memory: `rig.rs`.
 
-mod crash;
 mod rig;
 mod stores;
 

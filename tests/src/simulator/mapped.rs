@@ -100,7 +100,9 @@ fn live(checks: Checks, world: &mut World) -> Result<(), Stop> {
 /// The last process: everything comes to its end.
 fn finish(process: &mut Process<'_>) -> Result<(), Stop> {
     while process.step()? {}
-    if let Some(at) = (process.world.snaps.iter()).position(|s| s.phase == Phase::Merging) {
+    let merging = process.world.in_phase(|phase| phase == Phase::Merging);
+    let stopped = |&at: &usize| !process.world.may_be_lost(Some(at));
+    if let Some(at) = merging.into_iter().find(stopped) {
         return Err(Stop::Wrong(Violation(format!(
             "the merge of snapshot {at} does not end"
         ))));

@@ -10,7 +10,7 @@ use nbdsnap_format::ChunkSize;
 
 use super::process::{Process, command_for};
 use super::tally::Tally;
-use super::world::{Name, Phase, Place, SECTORS, Stop, World, called, line};
+use super::world::{Name, Phase, Place, SECTORS, Snap, Stop, World, called, line};
 use crate::pattern::SECTOR;
 use crate::simulator::world::say;
 use crate::simulator::{Checks, Violation};
@@ -278,15 +278,22 @@ impl Process<'_> {
             .collect()
     }
 
-    fn read_all(&mut self, name: Name) -> Result<Vec<u8>, Stop> {
+    /// All of a view; none if it is being lost, for want of room in its store.
+    fn read_all(&mut self, name: Name) -> Result<Option<Vec<u8>>, Stop> {
         let way = match name {
             None if self.world.rng.chance(1, 2) => self.lower("base"),
             _ => self.lower_of(name),
         };
         let len = SECTORS * SECTOR;
         let read = self.ask(way, Command::Read { offset: 0, len })?;
-        let wrong = |failure| Violation(format!("{} cannot be read: {failure:?}", called(name)));
-        Ok(read.map_err(wrong)?)
+        match read {
+            Ok(found) => Ok(Some(found)),
+            Err(_) if self.world.may_be_lost(name) => Ok(None),
+            Err(failure) => {
+                let text = format!("{} cannot be read: {failure:?}", called(name));
+                Err(Violation(text).into())
+            }
+        }
     }
 
     fn compare_after(&mut self) -> Result<(), Stop> {
@@ -294,7 +301,9 @@ impl Process<'_> {
             return Ok(());
         };
         for name in self.comparable() {
-            let found = self.read_all(name)?;
+            let Some(found) = self.read_all(name)? else {
+                continue;
+            };
             let now = self.world.tick();
             let checked = self.world.model(name).check_after(crash, now, &found);
             checked.map_err(|wrong| self.world.wrong(&format!("after {crash:?}"), name, &wrong))?;
@@ -308,7 +317,9 @@ impl Process<'_> {
     pub(super) fn compare_all(&mut self) -> Result<(), Stop> {
         for name in self.comparable() {
             let issued = self.world.tick();
-            let found = self.read_all(name)?;
+            let Some(found) = self.read_all(name)? else {
+                continue;
+            };
             let now = self.world.tick();
             let model = self.world.model(name);
             let read = model.read(model.all(), issued, now, &found);
@@ -323,7 +334,8 @@ impl Process<'_> {
             let Some(found) = self.world.stacked(name) else {
                 let path = self.world.path(name);
                 let mut snaps = path.iter().map(|&i| &self.world.snaps[i]);
-                if snaps.any(|snap| snap.persistence == Persistence::Transient) {
+                let is_transient = |snap: &Snap| snap.persistence == Persistence::Transient;
+                if snaps.any(is_transient) || self.world.may_be_lost(name) {
                     continue;
                 }
                 return Err(Violation(format!("{} has no stores", called(name))).into());

@@ -272,8 +272,12 @@ impl Process<'_> {
             self.world,
             "the merge of snapshot {index} did not begin: {phase:?}"
         );
+        let may_be_lost = self.world.may_be_lost(Some(index));
         self.end_merge(index)?;
         self.held = None;
+        if may_be_lost {
+            return Ok(());
+        }
         self.excused(&format!("snapshot {index} was not merged"))
     }
 

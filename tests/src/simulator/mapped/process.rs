@@ -26,6 +26,8 @@ pub(super) struct Pending {
     pub(super) to: Lower,
     /// Its snapshot has gone.
     pub(super) orphan: bool,
+    /// A rollback came in the middle of it: some of it may be gone.
+    pub(super) is_halved: bool,
 }
 
 impl Pending {
@@ -146,6 +148,7 @@ impl<'w> Process<'w> {
             issued,
             to,
             orphan: false,
+            is_halved: false,
         };
         if p.changes() {
             self.world.model(name).begin_write(cells, stamp, issued);

@@ -42,7 +42,11 @@ impl Process<'_> {
                 self.world.model(p.name).flush(p.issued, oldest);
             }
             Ask::Write { .. } | Ask::Zero { .. } | Ask::Trim { .. } => {
-                let end = if p.fua() { End::Durable } else { End::Done };
+                let end = match p.fua() {
+                    _ if p.is_halved => End::Failed,
+                    true => End::Durable,
+                    false => End::Done,
+                };
                 self.end_change(&p, now, end);
             }
         }
@@ -165,9 +169,13 @@ impl Process<'_> {
             let what = format!("at the instant of snapshot {index}");
             self.world.wrong(&what, origin, &wrong)
         })?;
+        // Whole, as far as they come to the origin's volume in one.
         let whole = |p: &&Pending| p.name == origin && matches!(p.ask, Ask::Write { .. });
         let writes: Vec<_> = self.pending.values().filter(whole).copied().collect();
         for p in writes {
+            if self.world.may_be_cut(&p) {
+                continue;
+            }
             let model = self.world.model(origin);
             let is_torn = model.part_in(&frozen, p.cells, p.stamp, p.issued) == Part::Torn;
             if is_torn {
@@ -230,6 +238,10 @@ impl Process<'_> {
         let merged = self.world.snaps[index].model.clone();
         let origin = self.world.snaps[index].origin;
         self.world.model(origin).roll_back(&merged, now);
+        for p in self.pending.values_mut().filter(|p| p.name == origin) {
+            // Some of it may have been before.
+            p.is_halved |= self.world.may_be_cut(p);
+        }
         self.world.snaps[index].phase = Phase::Merging;
         Ok(())
     }
@@ -242,7 +254,7 @@ impl Process<'_> {
         let may_be_lost = self.world.may_be_lost(Some(index));
         let World { snaps, ledger, .. } = &mut *self.world;
         match snaps[index].phase {
-            Phase::Merging if faulty => ledger.count(Tally::MergeStopped),
+            Phase::Merging if faulty || may_be_lost => ledger.count(Tally::MergeStopped),
             // It is being lost: that is told apart, and its order looks.
             Phase::MergeOrdered | Phase::Lost { .. } if faulty || may_be_lost => {
                 ledger.count(Tally::MergeNotBegun);

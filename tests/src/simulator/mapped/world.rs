@@ -4,6 +4,7 @@
 use nbdsnap_engine::disk::sim::{Loss, Rng, SimDisk};
 use nbdsnap_engine::dm::{DiskId, Line, Lower, Persistence, Target};
 
+use super::process::Pending;
 use super::tally::{Ledger, Tally};
 use crate::model::{Crash, Time, ViewModel, Wrong};
 use crate::pattern::{self, CELLS, SECTOR, Stamp};
@@ -271,6 +272,20 @@ impl World {
             !snap.is_roomy || snap.phase.is_lost() || snap.is_unknown
         };
         self.path(name).iter().any(lost)
+    }
+
+    /// The request may come to the origin's volume in several parts, with an instant
+    /// between them, as the kernel's do: its table cuts it.
+    pub(super) fn may_be_cut(&self, p: &Pending) -> bool {
+        let in_one = matches!(
+            self.real[..],
+            [Line {
+                target: Target::Linear { .. },
+                ..
+            }]
+        );
+        let sectors = p.cells.from / CELLS..p.cells.to.div_ceil(CELLS);
+        p.name.is_none() && !in_one && sectors.len() > 1
     }
 
     pub(super) fn is_unknown(&self, name: Name) -> bool {
