@@ -7,6 +7,7 @@ use super::device::Course;
 use super::orders::{Errno, Refused};
 use super::snap::Body;
 use super::{DeviceId, Mapper, MapperEvent, OrderId, SnapKey};
+use crate::request::Failure;
 
 /// An order that has not come to its end.
 #[derive(Debug)]
@@ -83,6 +84,8 @@ impl Mapper {
                 let had = self.devices[&device].event_nr;
                 (had != event_nr).then_some(Ok(()))
             }
+            // Its number is not given to another one before its requests have ended.
+            (Kind::Remove, Progress::Leaving) if self.devices[&device].in_flight > 0 => None,
             (Kind::Remove, Progress::Leaving) => {
                 self.devices.remove(&device);
                 self.events.push_back(MapperEvent::Gone(device));
@@ -114,6 +117,9 @@ impl Mapper {
             .into_iter()
             .chain(device.inactive.take())
             .collect();
+        for (_, asker) in std::mem::take(&mut device.queued) {
+            self.answer(asker, Err(Failure::Io));
+        }
         for table in tables {
             self.drop_table(&table);
         }

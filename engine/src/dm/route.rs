@@ -434,7 +434,7 @@ impl Mapper {
         self.close_on();
     }
 
-    fn answer(&mut self, mut asker: Asker, mut result: Result) {
+    pub(super) fn answer(&mut self, mut asker: Asker, mut result: Result) {
         loop {
             match asker {
                 Asker::Client(id) => return self.replies.push_back(Reply { id, result }),

@@ -81,7 +81,11 @@ impl Process<'_> {
         };
         self.world.ledger.count(tally);
         if p.changes() && !p.orphan {
-            self.end_change(p, now, End::Failed);
+            let end = match failure {
+                Failure::ShuttingDown => End::Refused,
+                _ => End::Failed,
+            };
+            self.end_change(p, now, end);
         }
         Ok(())
     }
@@ -272,8 +276,11 @@ impl Process<'_> {
 
     /// The server ends well: everything that was answered is durable.
     pub(super) fn close(&mut self) -> Result<(), Stop> {
-        self.closes = true;
         self.mapper.close();
+        if self.world.rng.chance(1, 2) {
+            self.random_request();
+        }
+        self.closes = true;
         while self.closed.is_none() {
             if !self.step()? && self.closed.is_none() {
                 return Err(Violation("the close does not end".into()).into());

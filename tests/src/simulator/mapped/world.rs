@@ -13,13 +13,13 @@ use crate::simulator::{Checks, Violation};
 use crate::store_bytes;
 
 /// Sectors of the origin, and so of every view.
-pub(super) const SECTORS: u64 = 48;
+pub(super) const SECTORS: u64 = 96;
 /// Devices for stores.
 pub(super) const COWS: usize = 6;
 /// Sectors of the largest of them.
 const ROOM: u64 = 200;
 /// Sectors before the stores on a disk that the origin has a part of.
-const FIRST: u64 = 64;
+const FIRST: u64 = 128;
 
 /// Why a process ends.
 pub(super) enum Stop {
