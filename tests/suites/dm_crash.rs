@@ -162,7 +162,6 @@ mutants! {
     mutant_join_that_waits_for_nothing_is_found JoinedWithoutDrain,
     mutant_handover_that_waits_for_nothing_is_found HandoverWithoutDrain,
     mutant_one_flush_for_two_is_found OneFlush,
-    mutant_no_scrub_is_found NoScrub,
     mutant_origin_write_early_is_found OriginWriteEarly,
     mutant_volatile_taken_for_durable_is_found VolatileTakenForDurable,
     mutant_create_without_flush_is_found CreateWithoutFlush,

@@ -59,9 +59,10 @@ pub fn run(checks: Checks, seed: u64) -> Report {
 fn play(checks: Checks, world: &mut World) -> Result<(), Violation> {
     for _ in 0..CRASHES {
         let cut_short = world.rng.chance(1, 8);
-        world.fuse = Some(match cut_short {
-            true => world.rng.below(60),
-            false => world.rng.between(40, 900),
+        world.fuse = Some(if cut_short {
+            world.rng.below(60)
+        } else {
+            world.rng.between(40, 900)
         });
         let crash = match live(checks, world) {
             Err(Stop::Wrong(violation)) => return Err(violation),

@@ -18,7 +18,7 @@ use crate::simulator::{Checks, Violation};
 /// A device as a store that is opened or made sees it.
 struct Cow<'a, 'w> {
     process: &'a mut Process<'w>,
-    cow: Lower,
+    lower: Lower,
     stop: Option<Stop>,
 }
 
@@ -28,7 +28,7 @@ impl StoreIo for Cow<'_, '_> {
         if self.stop.is_some() {
             return Err(failed);
         }
-        match self.process.ask(self.cow, command_for(action)) {
+        match self.process.ask(self.lower, command_for(action)) {
             Ok(answer) => answer.map(bytes::Bytes::from).map_err(|_| failed),
             Err(stop) => {
                 self.stop = Some(stop);
@@ -245,7 +245,11 @@ impl Process<'_> {
         let checks = self.checks;
         let stop = None;
         let process = self;
-        let mut io = Cow { process, cow, stop };
+        let mut io = Cow {
+            process,
+            lower: cow,
+            stop,
+        };
         let opened = match kind {
             StoreKind::Transient => Err(OpenError::New),
             _ => checks.open(kind, size, origin_bytes, Access::ReadWrite, &mut io),
@@ -258,12 +262,6 @@ impl Process<'_> {
         };
         if let Some(stop) = io.stop {
             return Err(stop);
-        }
-        let world = &mut io.process.world;
-        if let Ok(store) = &made
-            && store.torn_area().is_some()
-        {
-            world.ledger.count(Tally::Torn);
         }
         Ok(made.map(Some).map_err(|error| error.to_string()))
     }

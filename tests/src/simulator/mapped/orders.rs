@@ -359,9 +359,10 @@ impl Process<'_> {
         self.meanwhile()?;
         let resumed = self.resume(&device)?.map_err(|refused| refused.why);
         must(resumed, "the resume of a device that stood still")?;
-        self.world.ledger.count(match noflush {
-            false => Tally::StoodStill,
-            true => Tally::StoodStillNoFlush,
+        self.world.ledger.count(if noflush {
+            Tally::StoodStillNoFlush
+        } else {
+            Tally::StoodStill
         });
         if merges.contains(&device) {
             self.world.ledger.count(Tally::MergeStoodStill);

@@ -82,7 +82,6 @@ tallies! {
     ClosedBadly "everything closed, and not all durable",
     CrashAfterClose "power cut after a close",
     TransientGone "transient snapshot gone by a crash",
-    Torn "store with a torn area opened",
     Reopened "snapshot compared after a crash",
     Stacked "view compared with the bytes of its stacked stores",
     Finished "run that came to its end",

@@ -42,10 +42,12 @@ impl Process<'_> {
                 self.world.model(p.name).flush(p.issued, oldest);
             }
             Ask::Write { .. } | Ask::Zero { .. } | Ask::Trim { .. } => {
-                let end = match p.fua() {
-                    _ if p.is_halved => End::Failed,
-                    true => End::Durable,
-                    false => End::Done,
+                let end = if p.is_halved {
+                    End::Failed
+                } else if p.fua() {
+                    End::Durable
+                } else {
+                    End::Done
                 };
                 self.end_change(&p, now, end);
             }
