@@ -166,7 +166,6 @@ mutants! {
     mutant_volatile_taken_for_durable_is_found VolatileTakenForDurable,
     mutant_create_without_flush_is_found CreateWithoutFlush,
     mutant_create_without_drain_is_found CreateWithoutDrain,
-    mutant_store_create_with_one_flush_is_found StoreCreateOneFlush,
     mutant_late_invalidation_is_found InvalidateLate,
     mutant_next_area_not_zeroed_is_found NextAreaNotZeroed,
     mutant_reads_not_drained_is_found ReadsNotDrained,
