@@ -21,6 +21,15 @@ macro_rules! mutants {
             /// Those that need a snapshot of a snapshot to do any harm.
             pub const OF_TREES: &[Self] = &[Self::InnerFlushNotPassedOn];
 
+            /// Those that need mapped devices (`dm`) to do any harm.
+            pub const OF_MAPPED: &[Self] = &[
+                Self::MappedFlushNotPassedOn,
+                Self::MappedFlushForgets,
+                Self::MappedLossUnmarked,
+                Self::JoinedWithoutDrain,
+                Self::HandoverWithoutDrain,
+            ];
+
             /// Every one of them, `None` first.
             pub const ALL: &[Self] = &[$(Self::$name,)+];
         }
@@ -75,6 +84,17 @@ mutants! {
     MergeFlushOneDevice,
     /// A FLUSH of a snapshot that has snapshots of its own does not reach its store.
     InnerFlushNotPassedOn,
+    /// A FLUSH of a mapped device does not reach what the device stands on.
+    MappedFlushNotPassedOn,
+    /// A flush that failed is forgotten, and the next one of that disk believed.
+    MappedFlushForgets,
+    /// The origin of a snapshot that is lost, with no mark of it anywhere, goes on.
+    MappedLossUnmarked,
+    /// A snapshot comes to its volume with writes of before under way around that.
+    JoinedWithoutDrain,
+    /// A mapped device is said to stand still, so that its store may change hands, with
+    /// requests to it under way.
+    HandoverWithoutDrain,
 }
 
 impl Mutant {
@@ -219,6 +239,31 @@ impl Law {
     /// is its origin.
     pub(crate) fn inner_flush_passed_on(self) -> bool {
         self.holds(Mutant::InnerFlushNotPassedOn)
+    }
+
+    /// A flush of a mapped device is one of all that it stands on.
+    pub(crate) fn mapped_flush_passed_on(self) -> bool {
+        self.holds(Mutant::MappedFlushNotPassedOn)
+    }
+
+    /// A disk with a flush that failed is trusted no more until it is opened anew.
+    pub(crate) fn failed_flush_is_remembered(self) -> bool {
+        self.holds(Mutant::MappedFlushForgets)
+    }
+
+    /// A snapshot is lost with a durable mark, or its origin takes no writes.
+    pub(crate) fn mark_or_refuse(self) -> bool {
+        self.holds(Mutant::MappedLossUnmarked)
+    }
+
+    /// What came down before a volume was there ends before its first instant.
+    pub(crate) fn drain_before_joining(self) -> bool {
+        self.holds(Mutant::JoinedWithoutDrain)
+    }
+
+    /// A device stands still once its requests have ended.
+    pub(crate) fn drain_before_standstill(self) -> bool {
+        self.holds(Mutant::HandoverWithoutDrain)
     }
 
     /// A FLUSH is answered by a flush that began after it came.

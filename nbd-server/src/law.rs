@@ -7,6 +7,7 @@
 //! engine's or of the server's own, so that the suites which try it can show that
 //! they notice.
 
+use nbdsnap_engine::dm::Mapper;
 use nbdsnap_engine::{
     Access, DiskError, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Tree,
     VolumeConfig,
@@ -19,6 +20,15 @@ pub(crate) fn new_tree(config: VolumeConfig) -> Tree {
     #[cfg(feature = "mutants")]
     tree.set_law(broken::law());
     tree
+}
+
+/// [`Mapper::new`].
+pub(crate) fn new_mapper(config: VolumeConfig) -> Mapper {
+    #[allow(unused_mut)]
+    let mut mapper = Mapper::new(config);
+    #[cfg(feature = "mutants")]
+    mapper.set_law(broken::law());
+    mapper
 }
 
 /// [`Store::create`].

@@ -8,6 +8,7 @@
 
 pub mod ledger;
 mod live;
+pub mod mapped;
 mod merging;
 mod operations;
 mod recovery;

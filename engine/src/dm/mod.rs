@@ -37,15 +37,21 @@
 //! - `table.rs`: tables, as values; `device.rs`: devices, their tables and courses;
 //! - `snap.rs`: the snapshots that tables name, and where their exceptions are;
 //! - `orders.rs`: what is ordered of devices; `course.rs`: what takes time of it;
+//!   `join.rs`: snapshots come to work in their volumes; `close.rs`: the end of it all;
 //! - `route.rs`: requests down, replies up; `cut.rs`: commands in parts; `cover.rs`: whose
-//!   origin a range is;
+//!   origin a range is; `disk.rs`: what disks are asked for; `news.rs`: what
+//!   volumes tell;
 //! - `info.rs`: what there is to tell.
 
+mod close;
 mod course;
 mod cover;
 mod cut;
 mod device;
+mod disk;
 mod info;
+mod join;
+mod news;
 mod orders;
 mod route;
 mod snap;
@@ -58,12 +64,14 @@ use std::collections::{BTreeMap, VecDeque};
 use slab::Slab;
 
 use crate::disk::{Action, OpId};
+use crate::law::Law;
 use crate::request::{Reply, SnapshotId};
 use crate::volume::{Volume, VolumeConfig};
 
 use course::Pending;
 use cover::Cover;
 use device::Device;
+use disk::{Flushes, InFlight};
 pub use info::{DeviceInfo, TableLine};
 pub use orders::{DEFAULT_CHUNK, Errno, Need, NewLine, Refused};
 use route::{Asked, Parent};
@@ -112,8 +120,11 @@ pub enum MapperEvent {
     Gone(DeviceId),
     /// No table names the disk any more: it can be closed.
     Unused(DiskId),
-    /// A snapshot was lost, for this reason.
+    /// A snapshot was lost, for this reason, and its store durably says so.
     Invalid(DeviceId, &'static str),
+    /// The same, but its store cannot be made to say so: its origin takes no writes as
+    /// long as a table has the snapshot (durability.md, rule 6).
+    Unmarked(DeviceId, &'static str),
     /// A snapshot's store is full: it can be read, and no more written.
     Overflow(DeviceId),
     /// The device has been rolled back, and its chunks are merged from now on.
@@ -122,7 +133,7 @@ pub enum MapperEvent {
     Merged(DeviceId),
     /// The merge has stopped.
     MergeFailed(DeviceId, &'static str),
-    /// [`Mapper::close`] has ended (false: a flush failed).
+    /// [`Mapper::close`] has ended (false: something could not be made durable).
     Closed(bool),
 }
 
@@ -132,6 +143,7 @@ struct Disk {
     bytes: u64,
     /// Sectors of the smallest unit of I/O that it takes.
     block: u64,
+    flushes: Flushes,
 }
 
 /// A volume, and what its origin is.
@@ -153,6 +165,9 @@ struct Level {
 #[derive(Debug)]
 pub struct Mapper {
     config: VolumeConfig,
+    law: Law,
+    /// Windows and merge steps of volumes, in bytes, if not theirs.
+    steps: Option<(u64, u64)>,
     disks: BTreeMap<DiskId, Disk>,
     next_disk: u32,
     devices: BTreeMap<DeviceId, Device>,
@@ -164,7 +179,11 @@ pub struct Mapper {
     /// Requests that volumes have.
     asked: Slab<Asked>,
     /// Operations that disks have.
-    in_flight: Slab<(DiskId, Asked)>,
+    in_flight: Slab<(DiskId, InFlight)>,
+    /// Disks with flushes to begin.
+    flush_wanted: Vec<DiskId>,
+    /// Operations handed out since flushes were last begun.
+    restless: u32,
     /// Requests that have come down to bases from devices and stores and have not
     /// ended, in the order in which they came, with how many parts are left of each.
     under_way: BTreeMap<u64, u32>,
@@ -185,7 +204,15 @@ pub struct Mapper {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Open,
-    Closing { ok: bool },
+    /// Volumes end.
+    Closing {
+        ok: bool,
+    },
+    /// The last flushes are running.
+    Flushing {
+        left: usize,
+        ok: bool,
+    },
     Closed,
 }
 
@@ -195,6 +222,8 @@ impl Mapper {
     pub fn new(config: VolumeConfig) -> Self {
         Self {
             config,
+            law: Law::default(),
+            steps: None,
             disks: BTreeMap::new(),
             next_disk: 0,
             devices: BTreeMap::new(),
@@ -205,6 +234,8 @@ impl Mapper {
             parents: Slab::new(),
             asked: Slab::new(),
             in_flight: Slab::new(),
+            flush_wanted: Vec::new(),
+            restless: 0,
             under_way: BTreeMap::new(),
             next_serial: 1,
             ready_ops: VecDeque::new(),
@@ -219,18 +250,38 @@ impl Mapper {
         }
     }
 
+    /// Have volumes work mutations off in windows, and merge in steps, of so many bytes:
+    /// simulated disks are small ([`Volume::set_window`], [`Volume::set_merge_step`]).
+    pub fn set_steps(&mut self, window: u64, merge_step: u64) {
+        self.steps = Some((window, merge_step));
+    }
+
+    /// A mapper that breaks a rule, and has its volumes break it. None may be there yet.
+    #[cfg(feature = "mutants")]
+    pub fn set_law(&mut self, law: Law) {
+        assert!(self.levels.is_empty());
+        self.law = law;
+    }
+
     /// A disk of so many bytes that tables may name from now on; `block` are the sectors
     /// of the smallest unit of I/O that it takes.
     pub fn add_disk(&mut self, bytes: u64, block: u64) -> DiskId {
         let id = DiskId(self.next_disk);
         self.next_disk += 1;
-        self.disks.insert(id, Disk { bytes, block });
+        let flushes = Flushes::default();
+        let disk = Disk {
+            bytes,
+            block,
+            flushes,
+        };
+        self.disks.insert(id, disk);
         id
     }
 
     /// The disk is forgotten, unless a table names it.
     pub fn drop_disk(&mut self, id: DiskId) -> bool {
-        let unused = !self.is_named(Lower::Disk(id)) && !self.has_under_way();
+        let is_busy = self.has_under_way() || self.in_flight.iter().any(|(_, op)| op.0 == id);
+        let unused = !self.is_named(Lower::Disk(id)) && !is_busy;
         if unused {
             self.disks.remove(&id);
         }
@@ -254,6 +305,7 @@ impl Mapper {
             && self.runnable.is_empty()
             && self.ready_ops.is_empty()
             && self.in_flight.is_empty()
+            && self.flush_wanted.is_empty()
             && self.asked.is_empty()
             && self.parents.is_empty()
             && self.replies.is_empty()

@@ -9,7 +9,7 @@ use super::device::{Course, Mapped, Step, Way};
 use super::snap::Snap;
 use super::{Base, DeviceId, Level, LevelKey, Lower, MappedOp, Mapper, Phase, Target};
 use crate::below::{outcome_of, request_for};
-use crate::disk::{Action, Device as Which, DiskError, DiskOp, OpId, Outcome};
+use crate::disk::{Device as Which, DiskOp, OpId};
 use crate::request::{Command, Failure, Reply, Request, RequestId, View};
 
 /// Volumes with larger numbers than this: all.
@@ -24,6 +24,8 @@ pub(super) enum Asker {
     Part { parent: usize, index: usize },
     /// A volume, by an operation.
     Level { level: LevelKey, op: OpId },
+    /// The end of it all.
+    Close,
 }
 
 /// Something that a volume or a disk has been asked for.
@@ -33,7 +35,7 @@ pub(super) struct Asked {
     /// See [`Mapper::under_way`]; 0: it is not counted.
     serial: u64,
     /// A flush of the disk comes behind it.
-    fua: bool,
+    pub(super) fua: bool,
 }
 
 /// A request in parts.
@@ -48,6 +50,16 @@ pub(super) struct Parent {
 }
 
 type Result = std::result::Result<Vec<Bytes>, Failure>;
+
+impl Asked {
+    pub(super) fn by_close() -> Self {
+        Self {
+            asker: Asker::Close,
+            serial: 0,
+            fua: false,
+        }
+    }
+}
 
 impl Mapper {
     /// Hand in a request for a device or a disk; its reply comes from
@@ -129,7 +141,8 @@ impl Mapper {
                 }
                 steps
             }
-            None => flushes(&table.lines),
+            None if self.law.mapped_flush_passed_on() => flushes(&table.lines),
+            None => Vec::new(),
         };
         device.in_flight += 1;
         let parent = self.new_parent(asker, Some(id), steps.len());
@@ -311,51 +324,22 @@ impl Mapper {
         }
     }
 
-    fn ask_disk(&mut self, disk: super::DiskId, command: Command, mut asked: Asked) {
-        let action = match command {
-            Command::Read { offset, len } => Action::Read { offset, len },
-            Command::Write { offset, data, fua } => {
-                asked.fua = fua;
-                let data = vec![data];
-                Action::Write { offset, data }
-            }
-            Command::WriteZeroes {
-                offset,
-                len,
-                fua,
-                no_hole,
-                ..
-            } => {
-                asked.fua = fua;
-                let may_punch = !no_hole;
-                Action::WriteZeroes {
-                    offset,
-                    len,
-                    may_punch,
-                }
-            }
-            Command::Trim { offset, len, fua } => {
-                asked.fua = fua;
-                Action::Trim { offset, len }
-            }
-            Command::Flush => Action::Flush,
-        };
-        self.hand_out(disk, action, asked);
-    }
-
-    fn hand_out(&mut self, disk: super::DiskId, action: Action, asked: Asked) {
-        let id = OpId(self.in_flight.insert((disk, asked)) as u64);
-        self.ready_ops.push_back(MappedOp { id, disk, action });
-    }
-
     /// The next operation to perform on a disk, if there is one.
     pub fn poll_disk_op(&mut self) -> Option<MappedOp> {
         loop {
             self.settle();
+            if self.is_time_to_flush() {
+                self.begin_flushes();
+            }
             if let Some(op) = self.ready_ops.pop_front() {
                 return Some(op);
             }
-            let key = self.runnable.pop_front()?;
+            let Some(key) = self.runnable.pop_front() else {
+                if self.begin_flushes() {
+                    continue;
+                }
+                return None;
+            };
             let Some(level) = self.levels.get_mut(key) else {
                 continue;
             };
@@ -433,29 +417,13 @@ impl Mapper {
         }
     }
 
-    /// Report how an operation ended.
-    pub fn handle_completion(&mut self, op: OpId, outcome: Outcome) {
-        let (disk, mut asked) = self.in_flight.remove(op.0 as usize);
-        if asked.fua && outcome.is_ok() {
-            asked.fua = false;
-            return self.hand_out(disk, Action::Flush, asked);
-        }
-        let result = outcome
-            .map(|bytes| vec![bytes])
-            .map_err(|error| match error {
-                DiskError::NoSpace => Failure::NoSpace,
-                DiskError::Io(_) => Failure::Io,
-            });
-        self.end(asked, result);
-    }
-
     pub(super) fn on_reply(&mut self, reply: Reply) {
         let asked = self.asked.remove(reply.id.0 as usize);
         self.end(asked, reply.result);
     }
 
     /// What was asked of a base has ended.
-    fn end(&mut self, asked: Asked, result: Result) {
+    pub(super) fn end(&mut self, asked: Asked, result: Result) {
         if let Some(left) = self.under_way.get_mut(&asked.serial) {
             *left -= 1;
             if *left == 0 {
@@ -463,12 +431,14 @@ impl Mapper {
             }
         }
         self.answer(asked.asker, result);
+        self.close_on();
     }
 
-    fn answer(&mut self, mut asker: Asker, mut result: Result) {
+    pub(super) fn answer(&mut self, mut asker: Asker, mut result: Result) {
         loop {
             match asker {
                 Asker::Client(id) => return self.replies.push_back(Reply { id, result }),
+                Asker::Close => return self.closing_flush_ended(result.is_ok()),
                 Asker::Level { level, op } => {
                     let outcome = outcome_of(result);
                     self.levels[level].volume.handle_completion(op, outcome);

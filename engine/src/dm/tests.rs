@@ -1,6 +1,5 @@
 //! Mapped devices over disks in memory: `rig.rs`.
 
-mod crash;
 mod rig;
 mod stores;
 
@@ -75,6 +74,27 @@ fn lines_are_where_their_tables_say() {
         rig.ask(Lower::Device(DeviceId(9)), read),
         Err(Failure::NoSuchView)
     );
+}
+
+/// Whoever was attached has gone, and what was asked for has not ended.
+#[test]
+fn a_device_that_is_removed_keeps_its_number_until_its_requests_have_ended() {
+    let mut rig = Rig::new(3);
+    let disk = rig.disk(32);
+    let (first, top) = rig.device("first", vec![line(0, 32, linear(disk, 0))]);
+    let under_way = rig.hand_in(top, write(0, 4, 9));
+    let order = rig.mapper.remove(first, false).unwrap().unwrap();
+    let second = rig.create("second");
+    assert_ne!(second, first);
+    rig.end(order).unwrap();
+    assert_eq!(rig.replies.remove(&under_way), Some(Ok(Vec::new())));
+    // One that stands still lets go what has queued.
+    let (third, top) = rig.device("third", vec![line(0, 32, linear(disk, 0))]);
+    assert_eq!(third, first);
+    rig.suspend(third);
+    let queued = rig.hand_in(top, write(0, 4, 9));
+    rig.remove(third).unwrap();
+    assert_eq!(rig.replies.remove(&queued), Some(Err(Failure::Io)));
 }
 
 /// Origins of every make, snapshots of them, and writes that come through them, beside

@@ -29,6 +29,7 @@ use super::hosted::{Kind, Waiting, answer, answer_status, refuse};
 use super::news::{News, What};
 use super::shard::{Clients, Message, Outside};
 use super::table::{Key, Table};
+use crate::law;
 use crate::nbd::reply::{self, Refusal};
 use crate::nbd::transmission::Call;
 use crate::server::setup::OpenDisk;
@@ -96,7 +97,7 @@ impl std::fmt::Debug for MappedCall {
 impl Mapped {
     pub(super) fn new() -> Self {
         Self {
-            mapper: Mapper::new(VolumeConfig {
+            mapper: law::new_mapper(VolumeConfig {
                 // Each origin of snapshots has its own length.
                 origin_bytes: 512,
                 copy_memory: COPY_MEMORY,
@@ -311,7 +312,9 @@ impl Mapped {
     /// What happens to snapshots by itself is told to whoever follows events.
     fn tell(&self, event: &MapperEvent, outside: &Outside) {
         let (device, what) = match *event {
-            MapperEvent::Invalid(device, why) => (device, What::Invalid(why)),
+            MapperEvent::Invalid(device, why) | MapperEvent::Unmarked(device, why) => {
+                (device, What::Invalid(why))
+            }
             MapperEvent::Overflow(device) => (device, What::Overflow),
             MapperEvent::MergeBegun(device) => (device, What::MergeBegun),
             MapperEvent::Merged(device) => (device, What::Merged),
@@ -360,6 +363,10 @@ impl Mapped {
             MapperEvent::Invalid(device, why) => tracing::warn!(
                 device = name(device),
                 "the snapshot is lost: {why}; its reads and writes fail from now on, its origin goes on"
+            ),
+            MapperEvent::Unmarked(device, why) => tracing::error!(
+                device = name(device),
+                "the snapshot is lost: {why}; nor can its store be made to say so: its origin takes no writes until this device is removed, and the store is to be loaded no more"
             ),
             MapperEvent::Overflow(device) => tracing::warn!(
                 device = name(device),

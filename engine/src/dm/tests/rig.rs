@@ -35,6 +35,8 @@ pub(super) struct Rig {
     pub(super) events: Vec<MapperEvent>,
     pub(super) next: u64,
     pub(super) dice: Dice,
+    /// A disk that fails whatever changes it, and its flushes.
+    pub(super) fails: Option<DiskId>,
 }
 
 /// A COW device as a store sees it.
@@ -107,6 +109,7 @@ impl Rig {
             events: Vec::new(),
             next: 0,
             dice: Dice(seed * 2 + 1),
+            fails: None,
         }
     }
 
@@ -163,6 +166,10 @@ impl Rig {
         }
         let index = self.dice.below(self.ops.len() as u64) as usize;
         let MappedOp { id, disk, action } = self.ops.swap_remove(index);
+        if self.fails == Some(disk) && !matches!(action, Action::Read { .. }) {
+            self.mapper.handle_completion(id, Err(DiskError::Io(5)));
+            return true;
+        }
         let bytes = self.disks.get_mut(&disk).expect("it is there");
         let mut read = Bytes::new();
         match action {

@@ -138,6 +138,88 @@ fn a_merge_is_begun_stopped_resumed_and_done() {
     rig.remove(sibling).unwrap();
 }
 
+/// Nobody has suspended the device before: it stands still for the exchange, once its
+/// requests have ended.
+#[test]
+fn a_merge_gives_way_to_another_table_with_requests_under_way() {
+    let mut rig = Rig::new(6);
+    let (disk, cow) = (rig.disk(64), rig.empty_disk(400));
+    let (_, real) = rig.device("real", vec![line(0, 64, linear(disk, 0))]);
+    let origin = || vec![line(0, 64, Target::SnapshotOrigin { origin: real })];
+    let (base, top) = rig.device("base", origin());
+    let pair = || pair(real, cow, 2);
+    let (snap, _) = rig.device("snap", vec![line(0, 64, Target::Snapshot(pair()))]);
+    rig.write(top, 0, 64, 44);
+    rig.suspend(snap);
+    rig.load(base, vec![line(0, 64, Target::SnapshotMerge(pair()))])
+        .unwrap();
+    let order = rig.mapper.resume(base, false).unwrap();
+    while !rig.done.contains_key(&order) {
+        assert!(rig.step());
+    }
+    let id = rig.hand_in(top, write(3, 2, 9));
+    rig.load(base, origin()).unwrap();
+    rig.resume(base).unwrap();
+    assert_eq!(rig.replies.remove(&id), Some(Ok(Vec::new())));
+}
+
+/// A loss that no store can be made to say is one event, and stops the origin until the
+/// snapshot's device is removed (durability.md, rule 6).
+#[test]
+fn a_loss_without_a_mark_stops_the_origin_until_the_snapshot_is_removed() {
+    let mut rig = Rig::new(7);
+    let (disk, cow) = (rig.disk(32), rig.empty_disk(200));
+    let target = Target::Snapshot(pair(disk, cow, 2));
+    let (id, view) = rig.device("snapshot", vec![line(0, 32, target)]);
+    rig.write(disk, 4, 2, 90);
+    let Lower::Disk(store) = cow else {
+        unreachable!("it is a disk");
+    };
+    rig.fails = Some(store);
+    let refused = rig.ask(disk, write(8, 1, 91));
+    assert_eq!(refused, Err(Failure::Io));
+    let lost = |event: &&MapperEvent| matches!(event, MapperEvent::Unmarked(one, _) if *one == id);
+    assert_eq!(rig.events.iter().filter(lost).count(), 1);
+    assert_eq!(rig.mapper.info(id).unwrap().event_nr, 1);
+    assert_eq!(rig.status(id), "Invalid");
+    // Whatever is written, until the operator gives the snapshot up.
+    assert_eq!(rig.ask(disk, write(4, 1, 92)), Err(Failure::Io));
+    let read = Command::Read {
+        offset: 0,
+        len: 512,
+    };
+    assert_eq!(rig.ask(view, read), Err(Failure::Io));
+    rig.remove(id).unwrap();
+    rig.write(disk, 8, 1, 93);
+    assert_eq!(sectors(rig.bytes(disk))[8], 93);
+}
+
+/// What a flush has lost, no later one brings back: it is not said to (rule 10).
+#[test]
+fn a_disk_whose_flush_has_failed_is_trusted_no_more() {
+    let mut rig = Rig::new(8);
+    let (disk, other) = (rig.disk(32), rig.disk(32));
+    let Lower::Disk(failing) = disk else {
+        unreachable!("it is a disk");
+    };
+    let (_, top) = rig.device("top", vec![line(0, 32, linear(disk, 0))]);
+    rig.write(top, 0, 4, 9);
+    rig.fails = Some(failing);
+    assert_eq!(rig.ask(top, Command::Flush), Err(Failure::Io));
+    rig.fails = None;
+    assert_eq!(rig.ask(top, Command::Flush), Err(Failure::Io));
+    let fua = Command::Write {
+        offset: 0,
+        data: vec![1; 512].into(),
+        fua: true,
+    };
+    assert_eq!(rig.ask(top, fua.clone()), Err(Failure::Io));
+    assert_eq!(rig.ask(other, fua), Ok(Vec::new()));
+    rig.mapper.close();
+    rig.run();
+    assert!(rig.events.contains(&MapperEvent::Closed(false)));
+}
+
 #[test]
 fn full_stores_mean_what_they_mean_to_the_kernel() {
     for (persistence, status) in [

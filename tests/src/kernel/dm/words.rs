@@ -109,16 +109,6 @@ impl Numbers {
     }
 }
 
-/// The same exit status. Where a command line makes no sense, dmsetup ends with 1 and
-/// explains its usage, and nbdsnap ends with 2, as it does elsewhere.
-fn same_status(left: &Outcome, right: &Outcome) -> bool {
-    let explains = |outcome: &Outcome| {
-        let mut lines = outcome.err.iter();
-        lines.any(|line| line == "Usage:" || line == "Couldn't process command line.")
-    };
-    left.code == right.code || (left.code, right.code) == (1, 2) && explains(left)
-}
-
 /// The first step that came out differently, in words, with those before it.
 pub fn difference(
     steps: &[Step],
@@ -127,7 +117,7 @@ pub fn difference(
     names: [&str; 2],
 ) -> Option<String> {
     let differs = |&n: &usize| match (left.get(n), right.get(n)) {
-        (Some(left), Some(right)) => !same_status(left, right) || left.out != right.out,
+        (Some(left), Some(right)) => left.code != right.code || left.out != right.out,
         _ => true,
     };
     let at = (0..steps.len()).find(differs)?;

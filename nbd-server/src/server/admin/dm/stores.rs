@@ -16,6 +16,7 @@ use nbdsnap_format::{ChunkSize, SECTOR_BYTES};
 
 use super::{Done, PATIENCE, refused};
 use crate::io::{MAPPED_SHARD, Shard};
+use crate::law;
 use crate::server::admin::claims::Claims;
 use crate::server::admin::turn::Turn;
 
@@ -126,12 +127,12 @@ fn open_or_make(wanted: Wanted, io: &mut Asking<'_>) -> Result<Store, OpenError>
             let found = bytes;
             return Err(OpenError::Truncated { found, needed });
         }
-        Ok(Store::create(spec, io)?)
+        Ok(law::create_store(spec, io)?)
     };
     if wanted.kind == StoreKind::Transient {
         return make(io);
     }
-    match Store::open(
+    match law::open_store(
         wanted.kind,
         size,
         wanted.origin_bytes,
