@@ -4,7 +4,8 @@
 //! 2. the step's chunks are a window from here on: writes to them wait. Writes
 //!    that are on their way to them end, the other snapshots get durable
 //!    exceptions of them (or are durably lost), their reads of the origin end;
-//! 3. neighbours are copied from the store to the origin, in pieces;
+//! 3. neighbours are copied from the store to the origin, in pieces, in the order in
+//!    which they lie in the store;
 //! 4. the origin is flushed;
 //! 5. the entries are zeroed, the store is flushed, and the window opens: the
 //!    chunks lie in the origin now.
@@ -276,6 +277,9 @@ impl Volume {
             }
         }
         keys.extend(last.map(|piece| merge.pieces.insert(piece)));
+        // The store is read in one go, as it was written. What is written to the origin
+        // out of order is put in order by whoever has it until the flush.
+        keys.sort_unstable_by_key(|&key| merge.pieces[key].from);
         merge.stage = Stage::Copying {
             step,
             left: keys.len(),

@@ -1,7 +1,6 @@
-//! Reads the store ahead of a merge. A step takes the end of the list in the order of
-//! the disk, which is any order in the store; what the kernel and the engine hand out
-//! one after the other lies there one after the other too. So the part of the store
-//! that a step needs is read in one go, while the step before it is at work.
+//! Has the store read ahead of a merge, by a thread that is always a little further: a
+//! step takes the end of the list, and what that is the data of was written one after
+//! the other, and lies there one after the other too.
 //!
 //! These are hints: a store whose exceptions point elsewhere is read as it comes.
 
@@ -35,17 +34,15 @@ impl ReadAhead {
         }
     }
 
-    /// So many exceptions are left: a step begins to take them off, if one does.
+    /// So many exceptions are left: have the data of those read that the next steps take.
     pub(super) fn left(&mut self, store: &OpenDisk, left: u64) {
-        if self.from > left.saturating_sub(self.step) {
-            self.end();
-            self.ask(store, left.saturating_sub(self.step));
-            self.end();
+        if (self.running.as_ref()).is_some_and(|running| !running.is_finished()) {
+            return;
         }
-        let is_idle = (self.running.as_ref()).is_none_or(JoinHandle::is_finished);
-        if is_idle && self.from > left.saturating_sub(2 * self.step) {
-            self.end();
-            self.ask(store, left.saturating_sub(2 * self.step));
+        self.end();
+        let ends = [1, 2].map(|steps| left.saturating_sub(steps * self.step));
+        if let Some(&end) = ends.iter().find(|&&end| end < self.from) {
+            self.ask(store, end);
         }
     }
 

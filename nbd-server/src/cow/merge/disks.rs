@@ -1,13 +1,15 @@
-//! Performs what the engine wants of the disks in an offline merge: on this thread, but
-//! for the writes to the disk ([`Writer`]).
+//! Performs what the engine wants of the disks in an offline merge.
 //!
-//! What may go together goes together: writes that are neighbours on the disk are one
-//! call, of up to a piece.
+//! What may go together goes together: reads that are neighbours in the store, and
+//! writes that are neighbours on the disk, are one call each, of up to a piece. The
+//! engine reads the store from one end to the other, which is what the system's
+//! reading ahead is made for; what is written waits in the page cache for the flush at
+//! the end of the step.
 
+use bytes::Bytes;
 use nbdsnap_engine::{Action, Device, DiskOp, OpId, Outcome, SnapshotId};
 
 use super::buffers::Buffers;
-use super::writer::{Write, Writer};
 use crate::io::file::{Medium, perform, read_into};
 use crate::server::setup::OpenDisk;
 
@@ -21,27 +23,70 @@ pub(super) struct Disks {
     pub(super) origin: OpenDisk,
     /// Its snapshots' stores.
     pub(super) stores: Vec<(SnapshotId, OpenDisk)>,
-    /// Bytes in one write.
+    /// Bytes in one read or write.
     piece: u64,
     buffers: Buffers,
-    writer: Writer,
+}
+
+/// Neighbours on a device, in one read or write.
+struct Together {
+    device: Device,
+    start: u64,
+    len: u64,
+    /// The operations that it is, with the bytes of each, in order.
+    ops: Vec<(OpId, u64)>,
+    /// What is written; none for a read.
+    data: Option<Vec<Bytes>>,
+}
+
+impl Together {
+    /// An operation alone; or given back, if it is neither a read nor a write.
+    fn new(op: DiskOp) -> Result<Self, DiskOp> {
+        let (start, len, data) = match op.action {
+            Action::Read { offset, len } => (offset, len, None),
+            Action::Write { offset, data } => {
+                let len = data.iter().map(|piece| piece.len() as u64).sum();
+                (offset, len, Some(data))
+            }
+            _ => return Err(op),
+        };
+        Ok(Self {
+            device: op.device,
+            start,
+            len,
+            ops: vec![(op.id, len)],
+            data,
+        })
+    }
+
+    /// Take `next` in, if it goes behind this, in one call of up to `most` bytes.
+    fn add(&mut self, next: Self, most: u64) -> Result<(), Self> {
+        let is_neighbour = self.device == next.device && self.start + self.len == next.start;
+        let fits = self.len + next.len <= most && self.ops.len() < MOST_PIECES;
+        match (&mut self.data, &next.data) {
+            (None, None) if is_neighbour && fits => {}
+            (Some(data), Some(more))
+                if is_neighbour && fits && data.len() + more.len() <= MOST_PIECES =>
+            {
+                data.extend(more.iter().cloned());
+            }
+            _ => return Err(next),
+        }
+        self.len += next.len;
+        self.ops.extend(next.ops);
+        Ok(())
+    }
 }
 
 impl Disks {
-    /// Of a volume whose disks are open; writes to the disk have up to `piece` bytes.
-    pub(super) fn new(
-        origin: OpenDisk,
-        stores: Vec<(SnapshotId, OpenDisk)>,
-        piece: u64,
-    ) -> std::io::Result<Self> {
-        let writer = Writer::new(&origin.file, medium(&origin))?;
-        Ok(Self {
+    /// Of a volume whose disks are open; calls have up to `piece` bytes.
+    pub(super) fn new(origin: OpenDisk, stores: Vec<(SnapshotId, OpenDisk)>, piece: u64) -> Self {
+        Self {
             origin,
             stores,
             piece,
             buffers: Buffers::default(),
-            writer,
-        })
+        }
     }
 
     /// The store of a snapshot.
@@ -50,65 +95,61 @@ impl Disks {
         &store.expect("a store that was attached").1
     }
 
-    /// Perform operations that do not depend on each other, and tell how each ended,
-    /// or leave it under way.
-    pub(super) fn perform(&mut self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome)) {
-        let mut together: Option<Write> = None;
-        for DiskOp { id, device, action } in ops {
-            let (disk, medium) = match device {
-                Device::Origin => (&self.origin, medium(&self.origin)),
-                Device::Cow(snapshot) => (self.store(snapshot), Medium::Store),
+    /// Perform operations that do not depend on each other, and tell how each ended.
+    pub(super) fn perform(&self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome)) {
+        let mut together: Option<Together> = None;
+        for op in ops {
+            let mut next = match Together::new(op) {
+                Ok(next) => next,
+                Err(DiskOp { id, device, action }) => {
+                    let (disk, medium) = self.disk(device);
+                    ended(id, perform(&disk.file, medium, &action));
+                    continue;
+                }
             };
-            match action {
-                Action::Write { offset, data } if device == Device::Origin => {
-                    let next = Write {
-                        ids: vec![id],
-                        start: offset,
-                        len: data.iter().map(|piece| piece.len() as u64).sum(),
-                        data,
-                    };
-                    match &mut together {
-                        Some(write) if takes(write, &next, self.piece) => {
-                            write.ids.push(id);
-                            write.len += next.len;
-                            write.data.extend(next.data);
-                        }
-                        _ => {
-                            if let Some(write) = together.replace(next) {
-                                self.writer.write(write);
-                            }
-                        }
-                    }
+            if let Some(known) = &mut together {
+                match known.add(next, self.piece) {
+                    Ok(()) => continue,
+                    Err(back) => next = back,
                 }
-                Action::Read { offset, len } => {
-                    let read = read_into(&disk.file, offset, len, self.buffers.take());
-                    ended(id, read.map(|bytes| self.buffers.lend(bytes)));
-                }
-                action => ended(id, perform(&disk.file, medium, &action)),
+            }
+            if let Some(complete) = together.replace(next) {
+                self.transfer(complete, ended);
             }
         }
-        if let Some(write) = together {
-            self.writer.write(write);
+        if let Some(complete) = together {
+            self.transfer(complete, ended);
         }
     }
 
-    /// Wait until something that is under way has ended, if anything is.
-    pub(super) fn wait(&mut self, ended: &mut dyn FnMut(OpId, Outcome)) -> bool {
-        self.writer.wait(ended)
+    fn transfer(&self, all: Together, ended: &mut dyn FnMut(OpId, Outcome)) {
+        let (disk, medium) = self.disk(all.device);
+        let offset = all.start;
+        let outcome = match all.data {
+            None => read_into(&disk.file, offset, all.len, self.buffers.take())
+                .map(|bytes| self.buffers.lend(bytes)),
+            Some(data) => perform(&disk.file, medium, &Action::Write { offset, data }),
+        };
+        let mut at = 0;
+        for (id, len) in all.ops {
+            let part = match &outcome {
+                // What a write answers is empty.
+                Ok(bytes) if bytes.is_empty() => Ok(Bytes::new()),
+                Ok(bytes) => Ok(bytes.slice(at..at + len as usize)),
+                Err(error) => Err(*error),
+            };
+            at += len as usize;
+            ended(id, part);
+        }
     }
-}
 
-fn medium(origin: &OpenDisk) -> Medium {
-    if origin.is_block_device {
-        Medium::OriginBlockDevice
-    } else {
-        Medium::OriginFile
+    fn disk(&self, device: Device) -> (&OpenDisk, Medium) {
+        match device {
+            Device::Origin if self.origin.is_block_device => {
+                (&self.origin, Medium::OriginBlockDevice)
+            }
+            Device::Origin => (&self.origin, Medium::OriginFile),
+            Device::Cow(id) => (self.store(id), Medium::Store),
+        }
     }
-}
-
-/// Whether `next` goes behind `write`, in one call of up to `most` bytes.
-fn takes(write: &Write, next: &Write, most: u64) -> bool {
-    write.start + write.len == next.start
-        && write.len + next.len <= most
-        && write.data.len() + next.data.len() <= MOST_PIECES
 }

@@ -9,13 +9,8 @@ pub(super) trait Outside {
     /// So many chunks are left to be merged.
     fn left(&mut self, chunks: u64);
 
-    /// Perform operations that do not depend on each other, nor on what is under way,
-    /// and tell how each ended, or leave it under way.
+    /// Perform operations that do not depend on each other, and tell how each ended.
     fn perform(&mut self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome));
-
-    /// Wait until something that is under way has ended, and tell how. Says whether
-    /// anything was.
-    fn wait(&mut self, ended: &mut dyn FnMut(OpId, Outcome)) -> bool;
 
     /// Another snapshot is lost, and its store cannot be made to say so: make a durable
     /// mark elsewhere. Says whether there is one.
@@ -52,9 +47,6 @@ pub(super) fn drive(
             outside.perform(ops, &mut |op, outcome| {
                 engine.handle_completion(op, outcome);
             });
-            continue;
-        }
-        if outside.wait(&mut |op, outcome| engine.handle_completion(op, outcome)) {
             continue;
         }
         match engine.poll_event() {
@@ -148,10 +140,6 @@ mod tests {
                 };
                 ended(op.id, self.disks[disk].act(op.action));
             }
-        }
-
-        fn wait(&mut self, _: &mut dyn FnMut(OpId, Outcome)) -> bool {
-            false
         }
 
         fn mark_lost(&mut self, id: SnapshotId) -> bool {

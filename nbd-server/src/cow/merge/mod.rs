@@ -15,14 +15,12 @@
 //! up like any other, once the operator says that it belongs to the disk (`adopt`).
 //!
 //! `drive.rs` has the engine come to the end of the merge, `disks.rs` does what it wants,
-//! `writer.rs` writes to the disk, `ahead.rs` has the store read before that,
-//! `buffers.rs` has the memory.
+//! `ahead.rs` has the store read before that, `buffers.rs` has the memory.
 
 mod ahead;
 mod buffers;
 mod disks;
 mod drive;
-mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -59,11 +57,12 @@ const VOLUME: &str = "disk";
 /// is copied once more.
 const STEP: u64 = 512 << 20;
 
-/// The same where the page cache can hold two of them: the one that is being copied, and
-/// the one that is read ahead.
+/// The same where the page cache can hold what is read and what is written in it, and
+/// what is read ahead.
 const LARGE_STEP: u64 = 2 << 30;
 
-/// On its way at a time: enough that reading and writing do not wait for each other.
+/// On its way at a time: some pieces, for what lies together in the store lies together
+/// on the disk here and there only.
 const MEMORY: u64 = 4 << 20;
 
 /// In one read or write. The page cache takes what is written in one call in pages of up
@@ -235,7 +234,7 @@ fn merge(
         copy_memory: MEMORY,
         copy_piece: PIECE,
     });
-    let step = if fits_in_memory(2 * LARGE_STEP) {
+    let step = if fits_in_memory(3 * LARGE_STEP) {
         LARGE_STEP
     } else {
         STEP
@@ -265,16 +264,15 @@ fn merge(
         views.insert(snapshot.name, View::Snapshot(id));
         stores.push((id, snapshot.disk));
     }
-    let path = disk.path.clone();
-    let disks = Disks::new(disk, stores, PIECE).map_err(CowError::io(&path, "writing", 0))?;
+    let (merged, ahead) = merging.expect("the disk is opened with the store that is merged");
     let mut around = Around {
-        disks,
-        merging: merging.expect("the disk is opened with the store that is merged"),
+        disks: Disks::new(disk, stores, PIECE),
+        merged,
+        ahead,
         written: 0,
         keeper,
         progress,
     };
-    let (merged, _) = around.merging;
     drive(&mut engine, merged, &mut around).map_err(|why| stopped(&around.disks.origin, why))
 }
 
@@ -282,7 +280,8 @@ fn merge(
 struct Around<'a> {
     disks: Disks,
     /// The snapshot that is merged.
-    merging: (SnapshotId, ReadAhead),
+    merged: SnapshotId,
+    ahead: ReadAhead,
     /// Bytes that were written to what it is merged into, and copied before that.
     written: u64,
     keeper: &'a mut Keeper<SystemFiles>,
@@ -291,24 +290,19 @@ struct Around<'a> {
 
 impl Outside for Around<'_> {
     fn left(&mut self, chunks: u64) {
-        let (id, ahead) = &mut self.merging;
-        ahead.left(self.disks.store(*id), chunks);
+        self.ahead.left(self.disks.store(self.merged), chunks);
     }
 
     fn perform(&mut self, ops: Vec<DiskOp>, ended: &mut dyn FnMut(OpId, Outcome)) {
         for op in &ops {
             if let Action::Write { data, .. } = &op.action
-                && op.device != Device::Cow(self.merging.0)
+                && op.device != Device::Cow(self.merged)
             {
                 self.written += data.iter().map(|piece| piece.len() as u64).sum::<u64>();
             }
         }
         self.disks.perform(ops, ended);
         (self.progress)(self.written);
-    }
-
-    fn wait(&mut self, ended: &mut dyn FnMut(OpId, Outcome)) -> bool {
-        self.disks.wait(ended)
     }
 
     fn mark_lost(&mut self, id: SnapshotId) -> bool {
