@@ -65,9 +65,9 @@ pub(crate) struct Snapshot {
     /// Bytes of the snapshot: those that the origin had at its instant. What is
     /// written to the origin behind them is no concern of its.
     pub(crate) origin_bytes: u64,
-    /// Copies of its last chunk take what the origin has up to here, even behind the
+    /// Copies of its last chunk take so many bytes more of the origin, behind the
     /// snapshot's own end.
-    pub(crate) copied_bytes: u64,
+    pub(crate) copied_behind: u64,
     pub(crate) state: State,
     pub(crate) on_full: OnFull,
     /// [`crate::Event::Full`] has been said since the store was last extended.
@@ -128,7 +128,7 @@ impl Snapshot {
             kind: store.kind,
             chunk_size: layout.chunk_size(),
             origin_bytes,
-            copied_bytes: origin_bytes,
+            copied_behind: 0,
             state,
             on_full: OnFull::default(),
             full: false,

@@ -120,7 +120,7 @@ impl Volume {
             allocation,
             overlay,
             piece: (start, start),
-            end: end.min(snapshot.copied_bytes),
+            end: end.min(snapshot.origin_bytes + snapshot.copied_behind),
             held: 0,
         });
         self.next_piece(job);

@@ -68,7 +68,8 @@ impl Volume {
         if let Some(index) = self.index_of(id) {
             let snapshot = &mut self.snapshots[index];
             snapshot.origin_bytes = bytes.min(most);
-            snapshot.copied_bytes = snapshot.origin_bytes.max(device_bytes.min(most));
+            let behind = device_bytes.min(most).saturating_sub(snapshot.origin_bytes);
+            snapshot.copied_behind = behind;
         }
     }
 
