@@ -4,7 +4,6 @@
 use super::route::Asked;
 use super::snap::Body;
 use super::{Base, LevelKey, Mapper, MapperEvent, Phase};
-use crate::store::Status;
 
 impl Mapper {
     /// Answer new requests with [`crate::Failure::ShuttingDown`], let the others end,
@@ -80,16 +79,13 @@ impl Mapper {
     }
 
     pub(super) fn on_closed(&mut self, key: LevelKey, well: bool) {
-        // A snapshot that is lost has nothing left that a flush could save.
-        let of_lost = self
-            .bases(self.levels[key].origin)
-            .iter()
-            .any(|base| match base {
-                Base::Snap(snap) => self.snap_status(*snap) == Status::Invalid,
-                _ => false,
-            });
+        let bases = self.bases(self.levels[key].origin);
+        let nothing_to_save = bases.into_iter().any(|base| match base {
+            Base::Snap(snap) => self.holds_nothing(snap),
+            _ => false,
+        });
         if let Phase::Closing { ok } = &mut self.phase {
-            *ok &= well || of_lost;
+            *ok &= well || nothing_to_save;
         }
         for (_, snap) in &mut self.snaps {
             if snap.level() == Some(key) {

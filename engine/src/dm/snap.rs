@@ -167,6 +167,15 @@ impl Mapper {
         }
     }
 
+    /// There is nothing in it that a flush could save: it is lost, or it has no exceptions
+    /// of its own and fails whatever is asked of it.
+    pub(super) fn holds_nothing(&self, key: SnapKey) -> bool {
+        match self.snaps[key].body {
+            Body::Loaded(_) | Body::Heir | Body::Lost => true,
+            _ => self.snap_status(key) == Status::Invalid,
+        }
+    }
+
     /// In dm-snapshot's words.
     pub(super) fn snap_status(&self, key: SnapKey) -> Status {
         let snap = &self.snaps[key];

@@ -406,6 +406,29 @@ fn an_end_is_a_good_one_where_a_snapshot_with_a_snapshot_was_lost() {
     assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
 }
 
+/// What stands on a snapshot that waits for a store has nothing there that an end could
+/// lose: whatever was asked of it has failed.
+#[test]
+fn an_end_is_a_good_one_where_a_snapshot_never_took_over() {
+    let mut rig = Rig::new(12);
+    let disk = rig.disk(32);
+    let cows = [(); 3].map(|()| rig.empty_disk(200));
+    let on = |origin, cow| vec![line(0, 32, Target::Snapshot(pair(origin, cow, 2)))];
+    let (lower, view) = rig.device("lower", on(disk, cows[0]));
+    let (upper, _) = rig.device("upper", on(view, cows[1]));
+    rig.device("source", on(disk, cows[2]));
+    rig.load(lower, on(disk, cows[2])).unwrap();
+    let refused = rig.resume(lower).unwrap_err();
+    assert_eq!(
+        refused.why,
+        "Unable to perform snapshot handover until source is suspended."
+    );
+    assert_eq!(rig.status(upper), "4/200 4");
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
+}
+
 #[test]
 fn a_new_name_is_an_event_where_there_is_a_table() {
     let mut rig = Rig::new(13);
