@@ -5,13 +5,13 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::SUITE;
 use nbdsnap_engine::StoreKind;
 use nbdsnap_format::{ChunkSize, Layout};
 use nbdsnap_tests::harness::files::folder;
-use nbdsnap_tests::harness::process::Running;
+use nbdsnap_tests::harness::process::{Running, wait_until};
 use nbdsnap_tests::harness::random::{Random, long_run};
 use nbdsnap_tests::harness::server::{Serve, Server};
 use nbdsnap_tests::kernel::compare::{Compared, expect_difference, expect_same, same_bytes};
@@ -135,13 +135,18 @@ impl Disk {
 
     /// Sectors of the merging store that hold chunks, as the engine counts them.
     fn data_left(&self, cow: &Path) -> u64 {
+        self.left_now(cow).expect("a store")
+    }
+
+    /// The same for a store that may be changing, if it makes sense at the moment.
+    fn left_now(&self, cow: &Path) -> Option<u64> {
         let origin = self.origin.len() as u64;
-        let status = exports::status(cow, StoreKind::Persistent, origin).expect("a store");
+        let status = exports::status(cow, StoreKind::Persistent, origin).ok()?;
         let text = status.to_string();
         let (allocated, rest) = text.split_once('/').expect("a status");
         let (_, metadata) = rest.split_once(' ').expect("a status");
         let number = |word: &str| word.parse::<u64>().expect("a number");
-        number(allocated) - number(metadata)
+        Some(number(allocated) - number(metadata))
     }
 
     /// The origin has become what snapshot 0 was; snapshot 1 is what it was.
@@ -173,23 +178,19 @@ fn begun_by_nbdsnap(shape: &'static Shape, random: &mut Random) -> Disk {
     let all = disk.data_left(&files.cows[0]);
     disk.take_in(&files);
 
-    // A kill can come too early or too late; those merges are not looked at. The
-    // first one is not killed, and tells how long it takes.
-    let mut latest = None;
-    for attempt in 0..=100 {
+    // The kill follows on the moment at which so much or less is seen to be left; one that
+    // comes when all is done is not looked at.
+    for attempt in 0..100 {
         let folder = folder();
         let files = disk.lay_out(folder.path());
         let server = disk.serve(folder.path(), &files);
-        let begun = Instant::now();
+        let when = 1 + random.below(all - 1);
         let order = ["snapshot", "merge", "disk@s0"];
-        let order = Running::start(&mut server.order_command(order));
-        let Some(latest) = latest else {
-            let _ = order.finish().ok();
-            latest = Some(begun.elapsed().as_micros() as u64);
-            server.stop();
-            continue;
-        };
-        std::thread::sleep(Duration::from_micros(random.below(latest)));
+        let mut order = Running::start(&mut server.order_command(order));
+        wait_until("the merge goes on", || {
+            let left = disk.left_now(&files.cows[0]);
+            left.is_some_and(|left| left <= when) || !order.is_running()
+        });
         server.kill();
         let _ = order.finish();
         let left = disk.data_left(&files.cows[0]);
