@@ -189,9 +189,14 @@ fn a_merge_that_is_killed_behind_its_mark_goes_on() {
         .snapshot("disk@s", &folder.join("cow"), ",chunk=4K");
     let server = serve.start();
     let mut session = Session::open(&server.address(), "disk").expect("a connection");
-    for _ in 0..500 {
+    for n in 0..500 {
         let len = random.between(1, 20_000) as usize;
-        let at = random.between(UNTOUCHED as u64, (model.len() - len) as u64) as usize;
+        let at = match n {
+            // The first in the store, and so the first to be merged, lies below the
+            // second limit.
+            0 => UNTOUCHED,
+            _ => random.between(UNTOUCHED as u64, (model.len() - len) as u64) as usize,
+        };
         let data = random.bytes(len);
         model[at..at + len].copy_from_slice(&data);
         let written = session.write(at as u64, &data).expect("a reply");

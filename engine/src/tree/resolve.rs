@@ -86,26 +86,34 @@ impl Tree {
         max: usize,
         extents: &mut Vec<Extent>,
     ) -> Result<(), Failure> {
+        let before = extents.len();
         let mut level = &self.levels[key];
-        // Nothing is put together as long as all of it goes down: the common case.
+        (level.volume).resolve(View::Origin, start, end, max, extents)?;
+        // Nothing is put together as long as all of it goes down: the common case. (A
+        // merge into a level further down is none of its snapshots' concern.)
         while let Some(below) = level.below.filter(|_| start < end) {
             let under = &self.levels[below.level];
             let has_copies = !under.volume.has_no_copy_of(below.snapshot, start, end);
-            if has_copies || level.volume.is_merging() {
+            if has_copies || self.levels[key].volume.is_merging() {
                 break;
             }
             level = under;
         }
-        let before = extents.len();
-        (level.volume).resolve(View::Origin, start, end, max, extents)?;
         while let Some(below) = level.below {
             let under = &self.levels[below.level];
             let view = View::Snapshot(below.snapshot);
-            if !extents[before..].iter().any(|e| e.device == Device::Origin) {
-                break;
+            match extents[before..] {
+                [one] if one.device == Device::Origin => {
+                    extents.truncate(before);
+                    let end = one.offset + one.len;
+                    under.volume.resolve(view, one.offset, end, max, extents)?;
+                }
+                ref all if all.iter().any(|e| e.device == Device::Origin) => {
+                    let all = extents.split_off(before);
+                    put_together(under, view, all, max, extents)?;
+                }
+                _ => break,
             }
-            let all = extents.split_off(before);
-            put_together(under, view, all, max, extents)?;
             level = under;
         }
         Ok(())

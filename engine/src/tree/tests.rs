@@ -422,18 +422,23 @@ fn a_suspended_tree_lets_nothing_through_and_closes_from_there() {
 }
 
 /// Around the queue too a snapshot that another is merged into shows that one, whatever
-/// part of it has been copied.
+/// part of it has been copied; and its other snapshots, and theirs, what they did.
 #[test]
 fn reads_at_once_see_a_merge_from_its_beginning() {
     let mut rig = disk(1);
     rig.tree.set_merge_step(512);
     let inner = rig.snapshot(View::Origin, 40);
     let leaf = rig.snapshot(inner, 40);
+    let sibling = rig.snapshot(inner, 40);
+    let above = rig.snapshot(sibling, 40);
     rig.write(inner, 3, 5).unwrap();
     for (sector, byte) in [(1, 9), (2, 8), (5, 7)] {
         rig.write(leaf, sector, byte).unwrap();
     }
     let merged: Vec<u8> = (rig.show(leaf).iter())
+        .flat_map(|&byte| [byte; 512])
+        .collect();
+    let old: Vec<u8> = (rig.show(sibling).iter())
         .flat_map(|&byte| [byte; 512])
         .collect();
     rig.tree.begin_merge(id(leaf)).unwrap();
@@ -444,6 +449,8 @@ fn reads_at_once_see_a_merge_from_its_beginning() {
         rig.events.extend(events);
         if rig.events.contains(&Event::MergeBegun(id(leaf))) {
             rig.show_pieces(inner, &merged);
+            rig.show_pieces(sibling, &old);
+            rig.show_pieces(above, &old);
             seen += 1;
         }
     }
