@@ -1,7 +1,8 @@
 //! The exceptions of a snapshot in memory: which origin chunks have a copy, and
 //! where. Kept as runs (neighbours on both devices), so that sequential change
-//! costs next to nothing; a scattered chunk costs one B-tree entry of 16 bytes, and
-//! two bytes in a sieve that says of most chunks without a copy that they have none.
+//! costs next to nothing; a scattered chunk costs one B-tree entry of 16 bytes. Every
+//! chunk costs two to four bytes, but all together 128 KiB at most, in a sieve that says
+//! of most chunks without a copy that they have none.
 
 mod sieve;
 

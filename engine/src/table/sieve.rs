@@ -3,7 +3,7 @@
 //! exception. A read through a chain of snapshots asks each of them, and most have
 //! nothing to say.
 //!
-//! Two bytes an exception keep 15 of 16 questions out of the B-tree. There is an end
+//! Two to four bytes an exception keep 15 of 16 questions out of the B-tree. There is an end
 //! to that ([`MOST_BITS`]): a larger table fills the sieve until it says nothing any
 //! more, and is then given up.
 
