@@ -13,12 +13,12 @@ mod merging;
 mod operations;
 mod recovery;
 mod requests;
+pub mod search;
+pub mod tallies;
 mod traffic;
 pub mod tree;
 mod verdict;
 mod world;
-
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nbdsnap_engine::disk::sim::{Faults, Rng};
 use nbdsnap_engine::law::{Law, Mutant};
@@ -26,7 +26,7 @@ use nbdsnap_engine::{
     Access, OpenError, Store, StoreIo, StoreKind, StoreSize, StoreSpec, Volume, VolumeConfig,
 };
 
-use self::ledger::{Ledger, Tally};
+use self::ledger::Tally;
 use self::live::Suspension;
 use self::recovery::Made;
 use self::traffic::Session;
@@ -48,15 +48,7 @@ pub struct Checks {
 }
 
 /// What a run found.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// What went wrong, if something did.
-    pub violation: Option<Violation>,
-    /// The hash of every device's content after each power cut.
-    pub images: Vec<u64>,
-    /// What was met.
-    pub ledger: Ledger,
-}
+pub type Report = search::Report<Tally>;
 
 /// A place in a small merge for a power cut.
 #[derive(Clone, Copy, Debug)]
@@ -105,20 +97,11 @@ impl Checks {
     /// Play the run of a seed.
     pub fn run(self, seed: u64) -> Report {
         let mut world = World::new(seed, CRASHES, self.told);
-        let played = catch_unwind(AssertUnwindSafe(|| self.play(&mut world)));
-        Self::report(world, played)
+        let violation = search::violation_of(|| self.play(&mut world));
+        Self::report(world, violation)
     }
 
-    fn report(world: World, played: std::thread::Result<Result<(), Violation>>) -> Report {
-        let violation = match played {
-            Ok(Ok(())) => None,
-            Ok(Err(violation)) => Some(violation),
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().cloned();
-                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-                Some(Violation(format!("panic: {}", text.unwrap_or_default())))
-            }
-        };
+    fn report(world: World, violation: Option<Violation>) -> Report {
         Report {
             violation,
             images: world.images,
@@ -132,8 +115,8 @@ impl Checks {
         let mut rng = Rng::new(cut.seed);
         let plan = Plan::small_merge(&mut rng);
         let mut world = World::of_plan(rng, plan, 0, self.told);
-        let played = catch_unwind(AssertUnwindSafe(|| self.play_cut(&mut world, cut)));
-        Self::report(world, played)
+        let violation = search::violation_of(|| self.play_cut(&mut world, cut));
+        Self::report(world, violation)
     }
 
     fn play_cut(self, world: &mut World, cut: Cut) -> Result<(), Violation> {

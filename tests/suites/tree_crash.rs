@@ -1,156 +1,27 @@
 //! The crash search for snapshots of snapshots: many seeds, each a tree under
 //! traffic with three crashes, every node compared after each. The same for the
-//! rules of durability, broken one at a time: the search must notice.
-//!
-//! `NBDSNAP_SEED=n` plays one run and prints every step (with `NBDSNAP_MUTANT=name`,
-//! of that mutant); `NBDSNAP_RUNS=n` changes how many are played, `NBDSNAP_FIRST=n`
-//! where they begin, and `NBDSNAP_LONG=seconds` lets the search go on.
-
-use std::time::Instant;
+//! rules of durability, broken one at a time: the search must notice. What it takes
+//! from the environment is told in `simulator/search.rs`.
 
 use nbdsnap_engine::law::Mutant;
-use nbdsnap_tests::harness::random::long_run;
-use nbdsnap_tests::simulator::tree::{self, tally::Ledger};
-use nbdsnap_tests::simulator::{Checks, Violation};
+use nbdsnap_tests::mutants_found_by;
+use nbdsnap_tests::simulator::search::Search;
+use nbdsnap_tests::simulator::tree::{self, tally::Tally};
 
-/// Runs of the search.
-const RUNS: u64 = 3_000;
-
-fn from_environment(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    let number = text.parse();
-    Some(number.unwrap_or_else(|_| panic!("{name}={text} is no number")))
-}
-
-/// What a search found.
-#[derive(Default)]
-struct Search {
-    ledger: Ledger,
-    images: Vec<u64>,
-    violation: Option<(u64, Violation)>,
-}
-
-impl Search {
-    fn play(&mut self, checks: Checks, seeds: impl Iterator<Item = u64>) {
-        for seed in seeds {
-            let report = tree::run(checks, seed);
-            self.ledger.add(&report.ledger);
-            self.images.extend(report.images);
-            if let Some(violation) = report.violation {
-                self.violation = Some((seed, violation));
-                return;
-            }
-        }
-    }
-}
-
-/// Play `runs` from `first` on, on two threads.
-fn search(checks: Checks, first: u64, runs: u64) -> Search {
-    let half = |k: u64| {
-        let mut search = Search::default();
-        search.play(checks, (first + k..first + runs).step_by(2));
-        search
-    };
-    let (mut all, other) = std::thread::scope(|scope| {
-        let other = scope.spawn(|| half(1));
-        let mine = half(0);
-        let other = other.join();
-        (
-            mine,
-            other.expect("a run never panics: violations are values"),
-        )
-    });
-    all.ledger.add(&other.ledger);
-    all.images.extend(other.images);
-    all.images.sort_unstable();
-    all.images.dedup();
-    let seed_of = |found: &Option<(u64, Violation)>| found.as_ref().map_or(u64::MAX, |v| v.0);
-    if seed_of(&other.violation) < seed_of(&all.violation) {
-        all.violation = other.violation;
-    }
-    all
-}
-
-/// Play one run and print every step.
-fn play_told(seed: u64) {
-    let name = std::env::var("NBDSNAP_MUTANT").unwrap_or_else(|_| "None".into());
-    let mutant = Mutant::named(&name);
-    let mutant = mutant.unwrap_or_else(|| panic!("NBDSNAP_MUTANT={name}: there is none"));
-    let report = tree::run(Checks { mutant, told: true }, seed);
-    match report.violation {
-        None => println!("seed {seed}: nothing wrong"),
-        Some(Violation(text)) => panic!("seed {seed}: {text}"),
-    }
-}
+const SEARCH: Search<Tally> = Search {
+    name: ["tree_crash", "every_node"],
+    run: tree::run,
+    runs: 3_000,
+    images: 6_000,
+    most: 20_000,
+};
 
 #[test]
 fn every_node_survives_crashes() {
-    if let Some(seed) = from_environment("NBDSNAP_SEED") {
-        return play_told(seed);
-    }
-    let first = from_environment("NBDSNAP_FIRST").unwrap_or(0);
-    let asked = from_environment("NBDSNAP_RUNS");
-    let runs = asked.unwrap_or(RUNS);
-    let start = Instant::now();
-    let limit = long_run().unwrap_or_default();
-    let mut all = Search::default();
-    let mut next = first;
-    while next == first || start.elapsed() < limit {
-        let found = search(Checks::default(), next, runs);
-        if let Some((seed, Violation(text))) = &found.violation {
-            panic!(
-                "seed {seed}: {text}\n\
-                 play it again: NBDSNAP_SEED={seed} cargo test --release -p nbdsnap-tests --test tree_crash every_node -- --nocapture"
-            );
-        }
-        all.ledger.add(&found.ledger);
-        all.images.extend(found.images);
-        next += runs;
-    }
-    all.images.sort_unstable();
-    all.images.dedup();
-    println!(
-        "seeds {first} to {}: {} distinct crash images in {:.1?}\n{}",
-        next - 1,
-        all.images.len(),
-        start.elapsed(),
-        all.ledger
-    );
-    if asked.is_none() {
-        let never = all.ledger.never();
-        assert!(never.is_empty(), "the search never met {never:?}");
-    }
+    SEARCH.finds_nothing();
 }
 
-/// Break a rule; the search must notice, within a bounded number of runs.
-fn must_be_found(mutant: Mutant) {
-    const MOST: u64 = 20_000;
-    let checks = Checks {
-        mutant,
-        told: false,
-    };
-    for first in (0..MOST).step_by(100) {
-        if let Some((seed, Violation(text))) = search(checks, first, 100).violation {
-            println!("{mutant:?}: found after {} runs: {text}", seed + 1);
-            return;
-        }
-    }
-    panic!("{mutant:?} was not found in {MOST} runs");
-}
-
-macro_rules! mutants {
-    ($($name:ident $mutant:ident,)*) => {
-        const MUTANTS: &[Mutant] = &[$(Mutant::$mutant,)*];
-        $(
-            #[test]
-            fn $name() {
-                must_be_found(Mutant::$mutant);
-            }
-        )*
-    };
-}
-
-mutants! {
+mutants_found_by! { SEARCH:
     mutant_flush_that_stays_in_its_level_is_found InnerFlushNotPassedOn,
     mutant_one_flush_for_two_is_found OneFlush,
     mutant_origin_write_early_is_found OriginWriteEarly,

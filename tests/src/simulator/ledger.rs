@@ -1,24 +1,6 @@
-//! What the runs met: a count for each kind of operation and outcome, so that a
-//! search that never tears an area or never fills a store cannot pass for one
-//! that did.
+//! What the runs of a volume met, counted: see `simulator/tallies.rs`.
 
-macro_rules! tallies {
-    ($($name:ident $text:literal,)*) => {
-        /// Something that is counted.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Tally {
-            $(
-                #[doc = $text]
-                $name,
-            )*
-        }
-
-        impl Tally {
-            /// All of them, in the order of the table.
-            pub const ALL: &'static [(Self, &'static str)] = &[$((Self::$name, $text),)*];
-        }
-    };
-}
+use super::tallies::tallies;
 
 tallies! {
     OriginRead "origin: read",
@@ -169,50 +151,4 @@ tallies! {
     FastInPlace "origin write around the queue to a merging store",
     Status "status compared with the count of exceptions",
     Checked "store checked for findings",
-}
-
-/// The counts.
-#[derive(Clone, Debug)]
-pub struct Ledger {
-    counts: Vec<u64>,
-}
-
-impl Default for Ledger {
-    fn default() -> Self {
-        Self {
-            counts: vec![0; Tally::ALL.len()],
-        }
-    }
-}
-
-impl Ledger {
-    /// One more.
-    pub fn count(&mut self, tally: Tally) {
-        self.counts[tally as usize] += 1;
-    }
-
-    /// All that another ledger has.
-    pub fn add(&mut self, other: &Self) {
-        for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
-            *mine += theirs;
-        }
-    }
-
-    /// What was never met.
-    pub fn never(&self) -> Vec<&'static str> {
-        Tally::ALL
-            .iter()
-            .filter(|(tally, _)| self.counts[*tally as usize] == 0)
-            .map(|(_, text)| *text)
-            .collect()
-    }
-}
-
-impl std::fmt::Display for Ledger {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (tally, text) in Tally::ALL {
-            writeln!(f, "{:>12}  {text}", self.counts[*tally as usize])?;
-        }
-        Ok(())
-    }
 }

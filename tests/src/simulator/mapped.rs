@@ -17,38 +17,20 @@ mod traffic;
 mod verdict;
 mod world;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use self::process::Process;
-use self::tally::{Ledger, Tally};
+use self::tally::Tally;
 use self::world::{Phase, Stop, World};
 use super::world::say;
-use super::{CRASHES, Checks, Violation};
+use super::{CRASHES, Checks, Violation, search};
 use crate::model::Crash;
 
 /// What a run found.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// What went wrong, if something did.
-    pub violation: Option<Violation>,
-    /// The hash of every disk's content after each power cut.
-    pub images: Vec<u64>,
-    /// What was met.
-    pub ledger: Ledger,
-}
+pub type Report = search::Report<Tally>;
 
 /// Play the run of a seed.
 pub fn run(checks: Checks, seed: u64) -> Report {
     let mut world = World::new(seed, checks);
-    let played = catch_unwind(AssertUnwindSafe(|| play(checks, &mut world)));
-    let violation = match played {
-        Ok(ended) => ended.err(),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-            Some(Violation(format!("panic: {}", text.unwrap_or_default())))
-        }
-    };
+    let violation = search::violation_of(|| play(checks, &mut world));
     Report {
         violation,
         images: world.images,

@@ -1,22 +1,6 @@
-//! What the runs of trees met, counted: see `simulator/ledger.rs`.
+//! What the runs of trees met, counted: see `simulator/tallies.rs`.
 
-macro_rules! tallies {
-    ($($name:ident $text:literal,)*) => {
-        /// Something that is counted.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Tally {
-            $(
-                #[doc = $text]
-                $name,
-            )*
-        }
-
-        impl Tally {
-            /// All of them, in the order of the table.
-            pub const ALL: &'static [(Self, &'static str)] = &[$((Self::$name, $text),)*];
-        }
-    };
-}
+use super::super::tallies::tallies;
 
 tallies! {
     Read "read",
@@ -72,49 +56,4 @@ tallies! {
     Stacked "snapshot read from the bytes of its stacked stores, and compared",
     Mapped "map compared under traffic",
     Closed "tree closed",
-}
-
-/// The counts.
-#[derive(Clone, Debug)]
-pub struct Ledger {
-    counts: Vec<u64>,
-}
-
-impl Default for Ledger {
-    fn default() -> Self {
-        Self {
-            counts: vec![0; Tally::ALL.len()],
-        }
-    }
-}
-
-impl Ledger {
-    /// One more.
-    pub fn count(&mut self, tally: Tally) {
-        self.counts[tally as usize] += 1;
-    }
-
-    /// All that another ledger has.
-    pub fn add(&mut self, other: &Self) {
-        for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
-            *mine += theirs;
-        }
-    }
-
-    /// What was never met.
-    pub fn never(&self) -> Vec<&'static str> {
-        let unmet = Tally::ALL
-            .iter()
-            .filter(|(tally, _)| self.counts[*tally as usize] == 0);
-        unmet.map(|(_, text)| *text).collect()
-    }
-}
-
-impl std::fmt::Display for Ledger {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (tally, text) in Tally::ALL {
-            writeln!(f, "{:>12}  {text}", self.counts[*tally as usize])?;
-        }
-        Ok(())
-    }
 }
