@@ -3,7 +3,7 @@
 //! its body, which goes from one to another when a COW store changes hands.
 
 use super::orders::{Errno, Refused};
-use super::{LevelKey, Lower, Mapper, Persistence, SnapKey};
+use super::{Base, LevelKey, Lower, Mapper, Persistence, SnapKey};
 use crate::request::SnapshotId;
 use crate::store::{Status, Store};
 
@@ -174,6 +174,11 @@ impl Mapper {
             Body::Loaded(_) | Body::Heir | Body::Lost => true,
             _ => self.snap_status(key) == Status::Invalid,
         }
+    }
+
+    /// The same of a base: only a snapshot's can be so.
+    pub(super) fn is_lost(&self, base: Base) -> bool {
+        matches!(base, Base::Snap(key) if self.holds_nothing(key))
     }
 
     /// In dm-snapshot's words.

@@ -326,3 +326,43 @@ fn a_merge_beside_a_snapshot_that_has_snapshots_comes_to_its_end() {
         assert_eq!([rig.read(sibling), rig.read(nested)], others);
     }
 }
+
+/// A snapshot of a snapshot that is lost is one, as long as it needs nothing of it: the
+/// first chunk that it has to copy loses it too, which its store says and its device tells.
+#[test]
+fn a_snapshot_of_a_lost_one_is_lost_by_its_first_copy() {
+    let mut rig = Rig::new(16);
+    // Room for one chunk.
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(7), rig.empty_disk(200));
+    let target = Target::Snapshot(pair(disk, cow, 2));
+    let (lower, view) = rig.device("lower", vec![line(0, 32, target)]);
+    rig.write(disk, 0, 8, 77);
+    assert_eq!(rig.status(lower), "Invalid");
+    let origin = Target::SnapshotOrigin { origin: view };
+    let (_, way) = rig.device("way", vec![line(0, 32, origin)]);
+    let target = Target::Snapshot(pair(view, other, 2));
+    let (upper, top) = rig.device("upper", vec![line(0, 32, target.clone())]);
+    assert_eq!(rig.status(upper), "4/200 4");
+    // Nothing that was written there is safe, and whoever asks is told.
+    assert_eq!(rig.ask(way, Command::Flush), Err(Failure::Io));
+    rig.write(top, 4, 2, 88);
+    assert_eq!(rig.status(upper), "6/200 4");
+    assert_eq!(rig.ask(top, Command::Flush), Ok(Vec::new()));
+    // It is taken anew, whoever was told meanwhile.
+    rig.load(upper, vec![line(0, 32, target)]).unwrap();
+    rig.resume(upper).unwrap();
+    assert_eq!(rig.status(upper), "6/200 4");
+    let third = rig.empty_disk(200);
+    let target = Target::Snapshot(pair(view, third, 2));
+    let (second, _) = rig.device("second", vec![line(0, 32, target)]);
+    assert_eq!(rig.status(second), "4/200 4");
+    assert_eq!(rig.mapper.info(upper).unwrap().event_nr, 0);
+    assert_eq!(rig.ask(top, write(9, 2, 99)), Err(Failure::Io));
+    assert_eq!(rig.status(upper), "Invalid");
+    assert_eq!(rig.mapper.info(upper).unwrap().event_nr, 1);
+    assert_eq!(rig.bytes(other)[4], 0, "the store says so");
+    assert_eq!(rig.status(second), "4/200 4");
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
+}
