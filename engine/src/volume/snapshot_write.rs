@@ -213,7 +213,7 @@ impl Volume {
         let merges = self.merge_holds(self.snapshots[index].id);
         let snapshot = &mut self.snapshots[index];
         match snapshot.on_full {
-            OnFull::Invalidate if snapshot.kind == StoreKind::PersistentOverflow => {
+            OnFull::Invalidate if snapshot.overflows => {
                 snapshot.state = State::Overflowed;
                 self.events.push_back(Event::Overflow(snapshot.id));
                 Err(Failure::Io)
