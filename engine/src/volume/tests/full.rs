@@ -68,9 +68,10 @@ fn an_origin_write_that_one_of_two_stores_has_no_room_for_fails_once() {
 #[test]
 fn a_write_that_loses_its_snapshot_fails_once_that_is_durable() {
     for copies in [false, true] {
-        let mut rig = match copies {
-            true => rig(StoreKind::Persistent, 40, 40),
-            false => small(StoreKind::Persistent, OnFull::Invalidate),
+        let mut rig = if copies {
+            rig(StoreKind::Persistent, 40, 40)
+        } else {
+            small(StoreKind::Persistent, OnFull::Invalidate)
         };
         write(&mut rig, 1, OF_FIRST, 1);
         rig.run();
