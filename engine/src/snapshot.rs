@@ -70,6 +70,9 @@ pub(crate) struct Snapshot {
     pub(crate) copied_behind: u64,
     pub(crate) state: State,
     pub(crate) on_full: OnFull,
+    /// With [`OnFull::Invalidate`]: a write of its own that finds the store full leaves
+    /// it readable.
+    pub(crate) overflows: bool,
     /// [`crate::Event::Full`] has been said since the store was last extended.
     pub(crate) full: bool,
     /// How many of the marks of [`crate::Event::Filling`] have been said.
@@ -131,6 +134,7 @@ impl Snapshot {
             copied_behind: 0,
             state,
             on_full: OnFull::default(),
+            overflows: store.kind == StoreKind::PersistentOverflow,
             full: false,
             filling_said: 0,
             table: store.table,

@@ -3,7 +3,7 @@
 
 use super::route::Asked;
 use super::snap::Body;
-use super::{Base, LevelKey, Mapper, MapperEvent, Phase};
+use super::{LevelKey, Mapper, MapperEvent, Phase};
 
 impl Mapper {
     /// Answer new requests with [`crate::Failure::ShuttingDown`], let the others end,
@@ -80,10 +80,7 @@ impl Mapper {
 
     pub(super) fn on_closed(&mut self, key: LevelKey, well: bool) {
         let bases = self.bases(self.levels[key].origin);
-        let nothing_to_save = bases.into_iter().any(|base| match base {
-            Base::Snap(snap) => self.holds_nothing(snap),
-            _ => false,
-        });
+        let nothing_to_save = bases.into_iter().any(|base| self.is_lost(base));
         if let Phase::Closing { ok } = &mut self.phase {
             *ok &= well || nothing_to_save;
         }

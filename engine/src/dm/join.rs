@@ -142,6 +142,7 @@ impl Mapper {
         };
         self.snaps[snap].body = Body::There { level: key, id };
         self.set_lengths(snap);
+        self.set_overflow(snap);
         if self.snaps[snap].merges {
             self.begin_merge(snap);
         }

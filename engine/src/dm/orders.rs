@@ -314,6 +314,7 @@ impl Mapper {
             cow: pair.cow,
             merges,
             persistence: pair.persistence,
+            overflows: pair.persistence == Persistence::PersistentOverflow,
             chunk,
             discard_zeroes_cow: pair.discard_zeroes_cow,
             discard_passdown_origin: pair.discard_passdown_origin,

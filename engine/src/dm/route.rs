@@ -372,7 +372,14 @@ impl Mapper {
         let asker = Asker::Level { level: key, op: id };
         let command = request_for(action);
         let Some((offset, len)) = range(&command) else {
-            let ranges = self.ranges(lower);
+            let mut ranges = self.ranges(lower);
+            if device == Which::Origin {
+                let bases = ranges.len();
+                ranges.retain(|&base, _| !self.is_lost(base));
+                if ranges.len() < bases {
+                    self.levels[key].volume.origin_is_lost();
+                }
+            }
             let parent = self.new_parent(asker, None, ranges.len());
             for (index, (base, ranges)) in ranges.into_iter().enumerate() {
                 let asker = Asker::Part { parent, index };

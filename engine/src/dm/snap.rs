@@ -3,7 +3,7 @@
 //! its body, which goes from one to another when a COW store changes hands.
 
 use super::orders::{Errno, Refused};
-use super::{LevelKey, Lower, Mapper, Persistence, SnapKey};
+use super::{Base, LevelKey, Lower, Mapper, Persistence, SnapKey};
 use crate::request::SnapshotId;
 use crate::store::{Status, Store};
 
@@ -41,9 +41,13 @@ pub(super) struct Snap {
     pub(super) cow: Lower,
     /// It is a `snapshot-merge`.
     pub(super) merges: bool,
-    /// As the table shows it; they go with the exceptions.
+    /// As the table shows it. What the store is goes with the exceptions.
     pub(super) persistence: Persistence,
-    /// Sectors; 0 as long as it is not known.
+    /// A full store overflows. It is the word of the snapshot's own table, whatever the
+    /// table said that the exceptions came from, and holds for a transient one too, which
+    /// does not show it.
+    pub(super) overflows: bool,
+    /// Sectors; 0 as long as it is not known. They go with the exceptions.
     pub(super) chunk: u64,
     pub(super) discard_zeroes_cow: bool,
     pub(super) discard_passdown_origin: bool,
@@ -150,10 +154,24 @@ impl Mapper {
             .get2_mut(source, heir)
             .expect("they are two, and there");
         to.body = std::mem::replace(&mut from.body, Body::Lost);
+        let overflows = to.overflows;
         std::mem::swap(&mut to.persistence, &mut from.persistence);
+        std::mem::swap(&mut to.overflows, &mut from.overflows);
+        to.overflows = overflows;
+        to.persistence = to.persistence.or_overflow(overflows);
         std::mem::swap(&mut to.chunk, &mut from.chunk);
         std::mem::swap(&mut to.overflowed, &mut from.overflowed);
         self.set_lengths(heir);
+        self.set_overflow(heir);
+    }
+
+    /// Have the volume know what it means that a snapshot's store is full.
+    pub(super) fn set_overflow(&mut self, key: SnapKey) {
+        let snap = &self.snaps[key];
+        if let Some((level, id)) = snap.place() {
+            let volume = &mut self.levels[level].volume;
+            volume.set_overflows(id, snap.overflows);
+        }
     }
 
     /// Have the volume know how long a snapshot is. The kernel looks at the length of
@@ -174,6 +192,11 @@ impl Mapper {
             Body::Loaded(_) | Body::Heir | Body::Lost => true,
             _ => self.snap_status(key) == Status::Invalid,
         }
+    }
+
+    /// The same of a base: only a snapshot's can be so.
+    pub(super) fn is_lost(&self, base: Base) -> bool {
+        matches!(base, Base::Snap(key) if self.holds_nothing(key))
     }
 
     /// In dm-snapshot's words.

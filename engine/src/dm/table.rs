@@ -92,6 +92,16 @@ pub enum Persistence {
 }
 
 impl Persistence {
+    /// The same, but that a full store overflows or does not. Of a transient one nobody
+    /// says so.
+    pub(super) fn or_overflow(self, overflows: bool) -> Self {
+        match self {
+            Self::Transient => Self::Transient,
+            _ if overflows => Self::PersistentOverflow,
+            _ => Self::Persistent,
+        }
+    }
+
     /// As it stands in tables.
     pub fn word(self) -> &'static str {
         match self {

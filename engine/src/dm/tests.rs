@@ -273,6 +273,26 @@ fn a_suspended_device_holds_what_comes_through_it_and_nothing_else() {
     assert!(rig.mapper.devices().is_empty());
 }
 
+/// It may be in pieces beneath, but not for who suspends the device that cuts it.
+#[test]
+fn a_standstill_waits_for_all_of_a_request_that_the_table_cuts() {
+    let mut rig = Rig::new(18);
+    let (a, b) = (rig.disk(16), rig.disk(16));
+    let (chunk, stripes) = (2, vec![(a, 0), (b, 0)]);
+    let target = Target::Striped { chunk, stripes };
+    let (id, top) = rig.device("striped", vec![line(0, 32, target)]);
+    let request = rig.hand_in(top, write(0, 8, 9));
+    rig.collect();
+    let order = rig.mapper.suspend(id, false).unwrap();
+    while !rig.done.contains_key(&order) {
+        assert!(rig.step());
+        rig.collect();
+    }
+    assert_eq!(rig.replies.remove(&request), Some(Ok(Vec::new())));
+    assert!(rig.ops.is_empty());
+    assert_eq!(sectors(rig.bytes(a))[..5], [9, 9, 9, 9, 4]);
+}
+
 #[test]
 fn snapshots_of_snapshots_by_tables() {
     let mut rig = Rig::new(6);

@@ -32,6 +32,8 @@ pub(crate) struct Lane {
     /// A flush has failed: what was written before may be lost, and no later
     /// flush would say so.
     failed: bool,
+    /// What the running flush is of is lost, all or some of it ([`Volume::origin_is_lost`]).
+    lost: bool,
 }
 
 /// What a lane does next.
@@ -64,6 +66,7 @@ impl Lane {
             return Next::Refuse(waiters);
         }
         self.running = Some(waiters);
+        self.lost = false;
         Next::Flush
     }
 
@@ -190,7 +193,21 @@ impl Volume {
 
     pub(super) fn origin_flush_ended(&mut self, ok: bool) {
         let waiters = self.origin_flush.ended(ok);
-        self.flushed(waiters, ok);
+        if !self.origin_flush.lost {
+            return self.flushed(waiters, ok);
+        }
+        let is_instant = |waiter: &Waiter| matches!(waiter, Waiter::Instant(_));
+        let (instants, others) = waiters.into_iter().partition(is_instant);
+        self.flushed(others, false);
+        self.flushed(instants, ok);
+    }
+
+    /// The flush of the origin that was asked for last cannot save all of it: some is a
+    /// snapshot's that is lost, where every request fails from now on. Whoever wants to
+    /// know what was written safe is told that it is not; an instant needs nothing of what
+    /// nobody can see, as the kernel has it, which takes snapshots of such an origin.
+    pub(crate) fn origin_is_lost(&mut self) {
+        self.origin_flush.lost = true;
     }
 
     /// A flush that these waited for has ended.

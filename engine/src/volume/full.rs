@@ -78,6 +78,14 @@ impl Volume {
         }
     }
 
+    /// With [`OnFull::Invalidate`]: a write to the snapshot that finds its store full
+    /// leaves it readable, or does not, whatever kind the store was made as.
+    pub(crate) fn set_overflows(&mut self, id: SnapshotId, overflows: bool) {
+        if let Some(index) = self.index_of(id) {
+            self.snapshots[index].overflows = overflows;
+        }
+    }
+
     /// Let whoever waits for room in the store look again.
     pub(super) fn wake_paused(&mut self, index: usize) {
         let paused = std::mem::take(&mut self.snapshots[index].until_extended);

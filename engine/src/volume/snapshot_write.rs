@@ -213,13 +213,17 @@ impl Volume {
         let merges = self.merge_holds(self.snapshots[index].id);
         let snapshot = &mut self.snapshots[index];
         match snapshot.on_full {
-            OnFull::Invalidate if snapshot.kind == StoreKind::PersistentOverflow => {
+            OnFull::Invalidate if snapshot.overflows => {
                 snapshot.state = State::Overflowed;
                 self.events.push_back(Event::Overflow(snapshot.id));
                 Err(Failure::Io)
             }
             OnFull::Invalidate => {
                 self.invalidate(index, "a write to it found its store full");
+                if self.waits_until_lost(request, index) {
+                    self.requests[request].parts += 1;
+                    return Ok(());
+                }
                 Err(Failure::Io)
             }
             OnFull::Pause if merges => Err(Failure::NoSpace),
@@ -247,8 +251,25 @@ impl Volume {
         let View::Snapshot(id) = self.requests[request].view else {
             unreachable!("the origin has no snapshot parts");
         };
+        let index = self.index_of(id);
+        if index.is_some_and(|index| self.waits_until_lost(request, index)) {
+            return;
+        }
         let lives = self.snapshot(id).is_some_and(Snapshot::is_readable);
         self.part_ended(request, if lives { Ok(()) } else { Err(Failure::Io) });
+    }
+
+    /// The write that lost the snapshot, or met its loss, is told of it once that is
+    /// durable, and not before others are: the kernel too writes the header first. Says
+    /// whether that is still to come; a part of the write waits for it then.
+    fn waits_until_lost(&mut self, request: RequestKey, index: usize) -> bool {
+        if !matches!(self.snapshots[index].state, State::Invalidating(_)) {
+            return false;
+        }
+        let task = self.new_task(Work::SnapshotCopied(request));
+        self.tasks[task.0].waits = 1;
+        self.snapshots[index].until_invalid.push(task);
+        true
     }
 
     /// See [`Volume::write_now`].

@@ -248,15 +248,22 @@ impl Rig {
             limit: cow_bytes,
             step: 0,
         };
-        let kind = StoreKind::Persistent;
+        let kind = match pair.persistence {
+            Persistence::Persistent => StoreKind::Persistent,
+            Persistence::PersistentOverflow => StoreKind::PersistentOverflow,
+            Persistence::Transient => StoreKind::Transient,
+        };
         let chunk_size = ChunkSize::from_sectors(pair.chunk).unwrap();
         let mut io = Cow { rig: self, cow };
-        let opened = Store::open(kind, size, origin_bytes, Access::ReadWrite, &mut io);
         let spec = StoreSpec {
             kind,
             chunk_size,
             size,
         };
+        if kind == StoreKind::Transient {
+            return Store::create(spec, &mut io).unwrap();
+        }
+        let opened = Store::open(kind, size, origin_bytes, Access::ReadWrite, &mut io);
         opened.unwrap_or_else(|_| Store::create(spec, &mut io).unwrap())
     }
 

@@ -2,10 +2,8 @@
 
 use super::super::*;
 use super::rig::*;
-use nbdsnap_format::ChunkSize;
 
 use crate::request::{Command, Failure};
-use crate::store::{Store, StoreKind, StoreSize, StoreSpec};
 
 #[test]
 fn a_store_changes_hands_as_the_kernel_has_it() {
@@ -228,41 +226,13 @@ fn full_stores_mean_what_they_mean_to_the_kernel() {
     ] {
         let mut rig = Rig::new(8);
         let (disk, cow) = (rig.disk(32), rig.empty_disk(8));
-        let kind = Pair {
+        let target = Target::Snapshot(Pair {
             persistence,
             ..pair(disk, cow, 1)
-        };
-        let target = Target::Snapshot(kind);
-        let id = rig.create("snapshot");
-        let lines = vec![line(0, 32, target)];
-        let needs = rig.mapper.examine(id, &lines).unwrap();
-        let Some(Need::Store { cow_bytes, .. }) = needs[0] else {
-            unreachable!("it needs one");
-        };
-        let size = StoreSize {
-            ready: cow_bytes,
-            limit: cow_bytes,
-            step: 0,
-        };
-        let spec = StoreSpec {
-            kind: match persistence {
-                Persistence::PersistentOverflow => StoreKind::PersistentOverflow,
-                _ => StoreKind::Persistent,
-            },
-            chunk_size: ChunkSize::from_sectors(1).unwrap(),
-            size,
-        };
-        let store = Store::create(spec, &mut Cow { rig: &mut rig, cow }).unwrap();
-        let line = lines.into_iter().next().unwrap();
-        let new = vec![NewLine {
-            line,
-            store: Some(store),
-        }];
-        rig.mapper.load(id, false, new).unwrap();
-        rig.resume(id).unwrap();
+        });
+        let (id, view) = rig.device("snapshot", vec![line(0, 32, target)]);
         let waiting = rig.mapper.wait(id, 0).unwrap();
         let events = u32::from(status == "Invalid");
-        let view = Lower::Device(id);
         let written = (0..8).map(|sector| rig.ask(view, write(sector, 1, 9)));
         let written: Vec<_> = written.collect();
         assert_eq!(written[0], Ok(Vec::new()));
@@ -325,4 +295,89 @@ fn a_merge_beside_a_snapshot_that_has_snapshots_comes_to_its_end() {
         assert_eq!(merged, wanted, "seed {seed}");
         assert_eq!([rig.read(sibling), rig.read(nested)], others);
     }
+}
+
+/// What a store is goes with the exceptions; whether it overflows when it is full does
+/// not: that is the table's word which has it now, even of a transient one.
+#[test]
+fn whether_a_store_overflows_is_the_word_of_the_table_that_has_it_now() {
+    use Persistence::{Persistent as P, PersistentOverflow as PO, Transient as N};
+    for (first, second, shown, status) in [
+        (PO, P, P, "Invalid"),
+        (PO, N, P, "Invalid"),
+        (PO, PO, PO, "Overflow"),
+        (P, PO, PO, "Overflow"),
+        (N, PO, N, "Overflow"),
+        (N, P, N, "Invalid"),
+    ] {
+        let mut rig = Rig::new(17);
+        let (disk, cow) = (rig.disk(32), rig.empty_disk(6));
+        let on = |persistence| {
+            let pair = Pair {
+                persistence,
+                ..pair(disk, cow, 1)
+            };
+            vec![line(0, 32, Target::Snapshot(pair))]
+        };
+        let (source, view) = rig.device("source", on(first));
+        rig.write(view, 0, 1, 90);
+        let heir = rig.create("heir");
+        rig.load(heir, on(second)).unwrap();
+        rig.suspend(source);
+        rig.resume(heir).unwrap();
+        let told = format!("{first:?} to {second:?}");
+        let persistence = |rig: &Rig, id| match &rig.mapper.table(id, false).unwrap()[0].target {
+            Target::Snapshot(pair) => pair.persistence,
+            other => unreachable!("{other:?}"),
+        };
+        assert_eq!(persistence(&rig, heir), shown, "{told}");
+        assert_eq!(persistence(&rig, source), second, "{told}");
+        let view = Lower::Device(heir);
+        let written: Vec<_> = (1..8).map(|n| rig.ask(view, write(n, 1, 9))).collect();
+        assert_eq!(written[0], Ok(Vec::new()), "{told}");
+        assert_eq!(written[6], Err(Failure::Io), "{told}");
+        assert_eq!(rig.status(heir), status, "{told}");
+        let lost = u32::from(status == "Invalid");
+        assert_eq!(rig.mapper.info(heir).unwrap().event_nr, lost, "{told}");
+    }
+}
+
+/// A snapshot of a snapshot that is lost is one, as long as it needs nothing of it: the
+/// first chunk that it has to copy loses it too, which its store says and its device tells.
+#[test]
+fn a_snapshot_of_a_lost_one_is_lost_by_its_first_copy() {
+    let mut rig = Rig::new(16);
+    // Room for one chunk.
+    let (disk, cow, other) = (rig.disk(32), rig.empty_disk(7), rig.empty_disk(200));
+    let target = Target::Snapshot(pair(disk, cow, 2));
+    let (lower, view) = rig.device("lower", vec![line(0, 32, target)]);
+    rig.write(disk, 0, 8, 77);
+    assert_eq!(rig.status(lower), "Invalid");
+    let origin = Target::SnapshotOrigin { origin: view };
+    let (_, way) = rig.device("way", vec![line(0, 32, origin)]);
+    let target = Target::Snapshot(pair(view, other, 2));
+    let (upper, top) = rig.device("upper", vec![line(0, 32, target.clone())]);
+    assert_eq!(rig.status(upper), "4/200 4");
+    // Nothing that was written there is safe, and whoever asks is told.
+    assert_eq!(rig.ask(way, Command::Flush), Err(Failure::Io));
+    rig.write(top, 4, 2, 88);
+    assert_eq!(rig.status(upper), "6/200 4");
+    assert_eq!(rig.ask(top, Command::Flush), Ok(Vec::new()));
+    // It is taken anew, whoever was told meanwhile.
+    rig.load(upper, vec![line(0, 32, target)]).unwrap();
+    rig.resume(upper).unwrap();
+    assert_eq!(rig.status(upper), "6/200 4");
+    let third = rig.empty_disk(200);
+    let target = Target::Snapshot(pair(view, third, 2));
+    let (second, _) = rig.device("second", vec![line(0, 32, target)]);
+    assert_eq!(rig.status(second), "4/200 4");
+    assert_eq!(rig.mapper.info(upper).unwrap().event_nr, 0);
+    assert_eq!(rig.ask(top, write(9, 2, 99)), Err(Failure::Io));
+    assert_eq!(rig.status(upper), "Invalid");
+    assert_eq!(rig.mapper.info(upper).unwrap().event_nr, 1);
+    assert_eq!(rig.bytes(other)[4], 0, "the store says so");
+    assert_eq!(rig.status(second), "4/200 4");
+    rig.mapper.close();
+    rig.run();
+    assert_eq!(rig.events.last(), Some(&MapperEvent::Closed(true)));
 }

@@ -1,6 +1,6 @@
 //! Stores that fill, are extended, and origins that grow.
 
-use super::faults::{rig, write};
+use super::faults::{is_flush, is_header, is_origin_read, rig, write};
 use super::*;
 use crate::volume::full::{ExtendError, OnFull};
 use crate::volume::lifecycle::GrowError;
@@ -62,6 +62,42 @@ fn an_origin_write_that_one_of_two_stores_has_no_room_for_fails_once() {
     assert_eq!(rig.answer(2), Err(Failure::NoSpace));
     assert_eq!(rig.answer(3), Err(Failure::NoSpace));
     assert!(rig.volume.is_idle());
+}
+
+/// Whoever is told that the snapshot is lost finds it lost, and everybody told.
+#[test]
+fn a_write_that_loses_its_snapshot_fails_once_that_is_durable() {
+    for copies in [false, true] {
+        let mut rig = if copies {
+            rig(StoreKind::Persistent, 40, 40)
+        } else {
+            small(StoreKind::Persistent, OnFull::Invalidate)
+        };
+        write(&mut rig, 1, OF_FIRST, 1);
+        rig.run();
+        assert_eq!(rig.answer(1), Ok(()));
+        full_events(&mut rig);
+        if copies {
+            let command = Command::Write {
+                offset: 2000,
+                data: Bytes::from(vec![2; 20]),
+                fua: false,
+            };
+            let (id, view) = (RequestId(2), OF_FIRST);
+            rig.volume.handle_request(Request { id, view, command });
+            rig.take();
+            rig.fail(is_origin_read, DiskError::Io(5));
+        } else {
+            write(&mut rig, 2, OF_FIRST, 2);
+            rig.take();
+        }
+        rig.perform(is_header);
+        assert!(!rig.is_answered(2) && full_events(&mut rig).is_empty());
+        rig.perform(is_flush);
+        rig.run();
+        assert_eq!(rig.answer(2), Err(Failure::Io));
+        assert!(matches!(full_events(&mut rig)[..], [Event::Invalid(..)]));
+    }
 }
 
 #[test]

@@ -122,7 +122,14 @@ pub fn difference(
     };
     let at = (0..steps.len()).find(differs)?;
     let later = (at + 1..steps.len()).filter(differs);
-    let later: Vec<String> = later.map(|n| format!("  {n}: {}", steps[n])).collect();
+    let later = later.map(|n| {
+        format!(
+            "  {n}: {}{}",
+            steps[n],
+            first_line(left.get(n), right.get(n))
+        )
+    });
+    let later: Vec<String> = later.collect();
     let show = |outcome: Option<&Outcome>| {
         outcome.map_or_else(|| "came not so far".to_owned(), ToString::to_string)
     };
@@ -142,6 +149,24 @@ pub fn difference(
         show(right.get(at)),
         later.join("\n"),
     ))
+}
+
+/// The first line that two outcomes do not share.
+fn first_line(left: Option<&Outcome>, right: Option<&Outcome>) -> String {
+    let (Some(left), Some(right)) = (left, right) else {
+        return String::new();
+    };
+    let line = |outcome: &Outcome, n: usize| outcome.out.get(n).cloned();
+    let mut lines = 0..left.out.len().max(right.out.len());
+    let Some(n) = lines.find(|&n| line(left, n) != line(right, n)) else {
+        return format!(": status {} and {}", left.code, right.code);
+    };
+    let word = |line: Option<String>| line.unwrap_or_else(|| "nothing".to_owned());
+    format!(
+        "\n      {}\n      {}",
+        word(line(left, n)),
+        word(line(right, n))
+    )
 }
 
 #[cfg(test)]
