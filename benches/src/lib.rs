@@ -15,6 +15,7 @@
 //! | [`replies`] | bytes in, finished requests out: parsing and checking |
 //! | [`load`] | the loop that keeps the requests in flight, and its result |
 //! | [`cpu`] | CPU times, of a process and of the machine |
+//! | [`served`] | what the other programs share: their files, a server of their own |
 //! | [`answerer`] | a server in memory: tests, and the generator's own ceiling |
 
 pub mod answerer;
@@ -24,6 +25,7 @@ pub mod cpu;
 pub mod load;
 pub mod plan;
 pub mod replies;
+pub mod served;
 
 use std::io;
 

@@ -5,14 +5,12 @@
 //! snapshot and to the last one, turn by turn, from the page cache, and every byte is
 //! compared with what has to be there.
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use nbdsnap::client::Client;
-use nbdsnap::control::client::ControlClient;
 use nbdsnap::control::protocol::{Kind, Order, SnapshotCreate, SnapshotName};
 use nbdsnap::nbd::uri::{ListenAddr, NbdUri};
 use nbdsnap_benches::BenchError;
@@ -20,6 +18,7 @@ use nbdsnap_benches::connection::Connection;
 use nbdsnap_benches::content::Content;
 use nbdsnap_benches::load::{Limit, Load, Measured};
 use nbdsnap_benches::plan::{Order as Places, Rng};
+use nbdsnap_benches::served::{Bench, Served, end, unsuitable};
 use serde_json::json;
 
 const BLOCK: u64 = 4096;
@@ -29,7 +28,7 @@ const BAR: f64 = 1.5;
 
 /// Measures what reads cost through a chain of snapshots.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Options {
     /// Turns
     #[arg(long, default_value_t = 9)]
@@ -49,82 +48,30 @@ struct Options {
     /// Seconds of a measurement
     #[arg(long, default_value_t = 1.0)]
     time: f64,
-    /// Where the disk and its stores are made; default: the system's temporary folder
-    #[arg(long)]
-    folder: Option<PathBuf>,
-    /// The program; default: nbdsnap beside this one
-    #[arg(long)]
-    nbdsnap: Option<PathBuf>,
-    /// Chooses the blocks
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
     /// Fail unless reads of the last level cost at most 1.5 times those of the first
     #[arg(long)]
     check_bar: bool,
-    /// The result as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    bench: Bench,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("chain: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end("chain", run(&Options::parse()).map(|()| true))
 }
 
-fn unsuitable<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> BenchError {
-    move |error| BenchError::Unsuitable(format!("{what}: {error}"))
-}
-
-/// A server with one disk, ended when it is dropped.
-struct Server {
-    child: Child,
-    socket: PathBuf,
-    control: PathBuf,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+/// A server with one disk.
+struct Server(Served);
 
 impl Server {
     fn start(program: &Path, folder: &Path, content: &[u8]) -> Result<Self, BenchError> {
         let disk = folder.join("disk.img");
         std::fs::write(&disk, content).map_err(unsuitable("the disk"))?;
-        let (socket, control) = (folder.join("nbd"), folder.join("control"));
-        let mut child = Command::new(program)
-            .args(["-q", "serve"])
-            .arg(format!("disk={}", disk.display()))
-            .arg("--listen")
-            .arg(format!("unix:{}", socket.display()))
-            .arg("--control")
-            .arg(&control)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(unsuitable("the server"))?;
-        let stdout = child.stdout.take().expect("piped");
-        let server = Self {
-            child,
-            socket,
-            control,
-        };
-        let mut line = String::new();
-        BufReader::new(stdout)
-            .read_line(&mut line)
-            .map_err(unsuitable("the server"))?;
-        Ok(server)
+        let args = [format!("disk={}", disk.display()).into()];
+        Served::start(program, folder, &args, 1).map(Self)
     }
 
     fn uri(&self, path: &str) -> NbdUri {
-        ListenAddr::Unix(self.socket.clone()).uri(&format!("disk@{path}"))
+        ListenAddr::Unix(self.0.socket.clone()).uri(&format!("disk@{path}"))
     }
 
     fn snapshot(&self, path: &str) -> Result<(), BenchError> {
@@ -141,8 +88,8 @@ impl Server {
             on_full: None,
             auto_extend: None,
         });
-        let mut client = ControlClient::connect(&self.control).map_err(unsuitable("orders"))?;
-        client.order(order).map(drop).map_err(unsuitable(path))
+        let mut orders = self.0.orders()?;
+        orders.order(order).map(drop).map_err(unsuitable(path))
     }
 
     /// Write to one chunk in `share` of a level, at places of its own; `content` is what
@@ -200,18 +147,8 @@ fn cpu_us<'a>(all: impl Iterator<Item = &'a Measured>) -> Option<f64> {
 }
 
 fn run(options: &Options) -> Result<(), BenchError> {
-    let folder = match &options.folder {
-        Some(folder) => tempfile::tempdir_in(folder),
-        None => tempfile::tempdir(),
-    };
-    let folder = folder.map_err(unsuitable("the folder"))?;
-    let program = match &options.nbdsnap {
-        Some(program) => program.clone(),
-        None => std::env::current_exe()
-            .map_err(unsuitable("this program"))?
-            .with_file_name("nbdsnap"),
-    };
-    let mut random = Rng::new(options.seed);
+    let (folder, program) = (options.bench.folder()?, options.bench.program()?);
+    let mut random = Rng::new(options.bench.seed);
     let mut content = vec![0; (options.size << 20) as usize];
     random.fill(&mut content);
     let server = Server::start(&program, folder.path(), &content)?;
@@ -235,7 +172,7 @@ fn run(options: &Options) -> Result<(), BenchError> {
     // The first one warms up, and is not counted.
     for turn in 0..=options.turns {
         let measure = |path: &str, content: &Content| {
-            let load = load(options, turn as u64, server.child.id())?;
+            let load = load(options, turn as u64, server.0.id())?;
             server.read(path, content, &load)
         };
         // Who begins changes from turn to turn.
@@ -266,7 +203,7 @@ fn load(options: &Options, turn: u64, server: u32) -> Result<Load, BenchError> {
             warm_up: time / 4,
             measure: time,
         },
-        seed: options.seed + turn,
+        seed: options.bench.seed + turn,
         server_pid: Some(server),
     })
 }
@@ -282,7 +219,7 @@ fn report(options: &Options, mut turns: Vec<Turn>) -> Result<(), BenchError> {
     let last_cpu = cpu_us(turns.iter().map(|turn| &turn.last));
     let first_cpu = first_cpu.ok_or_else(|| BenchError::Unsuitable("the server ended".into()))?;
     let last_cpu = last_cpu.ok_or_else(|| BenchError::Unsuitable("the server ended".into()))?;
-    if options.json {
+    if options.bench.json {
         let report = json!({
             "levels": options.levels,
             "turns": turns.len(),

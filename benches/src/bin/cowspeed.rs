@@ -20,6 +20,7 @@ use nbdsnap::cow::CowError;
 use nbdsnap::cow::target::Target;
 use nbdsnap_benches::BenchError;
 use nbdsnap_benches::plan::{Order, Plan, Rng};
+use nbdsnap_benches::served::{Bench, end};
 use nbdsnap_format::{ChunkSize, Exception, Header, Layout};
 use serde_json::json;
 
@@ -51,7 +52,7 @@ impl Tool {
 
 /// Measures extract and merge beside cp.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Options {
     /// Mebibytes of the disk
     #[arg(long, default_value_t = 1024)]
@@ -75,32 +76,15 @@ struct Options {
     /// opened to be written is read from the disk anew)
     #[arg(long)]
     cached: bool,
-    /// Where the files are made, on the file system that is measured
-    #[arg(long)]
-    folder: Option<PathBuf>,
-    /// The program; default: nbdsnap beside this one
-    #[arg(long)]
-    nbdsnap: Option<PathBuf>,
-    /// Chooses the content and the order
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
     /// Fail unless each tool has four fifths of the speed of cp
     #[arg(long)]
     check_bar: bool,
-    /// Every turn, as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    bench: Bench,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("cowspeed: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end("cowspeed", run(&Options::parse()))
 }
 
 fn unsuitable(what: &Path) -> impl FnOnce(std::io::Error) -> BenchError + '_ {
@@ -137,11 +121,9 @@ struct Files {
 
 impl Files {
     fn new(options: &Options, folder: &Path) -> Result<Self, BenchError> {
-        let beside = std::env::current_exe().map(|this| this.with_file_name("nbdsnap"));
-        let program = options.nbdsnap.clone().or(beside.ok());
         let named = |name: &str| folder.join(name);
         Ok(Self {
-            program: program.ok_or_else(|| BenchError::Unsuitable("no nbdsnap".into()))?,
+            program: options.bench.program()?,
             cached: options.cached,
             origin: named("origin"),
             store: named("store"),
@@ -155,13 +137,13 @@ impl Files {
     /// Make the disk, the store, and what the snapshot shows.
     fn fill(&self, options: &Options) -> Result<(), BenchError> {
         let (bytes, chunk) = (options.size << 20, options.chunk << 10);
-        let mut rng = Rng::new(options.seed);
+        let mut rng = Rng::new(options.bench.seed);
         random_file(&self.origin, bytes, &mut rng)?;
         random_file(&self.snapshot, bytes, &mut rng)?;
         let chunk_size = chunk_size(chunk)?;
         let layout = Layout::new(chunk_size);
         let run = chunk * options.run.max(1);
-        let mut order = Plan::new(Order::Once, bytes, run as u32, run, options.seed)?;
+        let mut order = Plan::new(Order::Once, bytes, run as u32, run, options.bench.seed)?;
         let store_bytes = layout.sectors_needed_for_origin(bytes) * 512;
         let store = Target::create(&self.cow, store_bytes, false).map_err(refused)?;
         let mut areas = store.areas(chunk_size).map_err(refused)?;
@@ -372,8 +354,7 @@ fn random_file(path: &Path, bytes: u64, rng: &mut Rng) -> Result<(), BenchError>
 }
 
 fn run(options: &Options) -> Result<bool, BenchError> {
-    let folder = options.folder.clone().unwrap_or_else(std::env::temp_dir);
-    let folder = tempfile::tempdir_in(&folder).map_err(unsuitable(&folder))?;
+    let folder = options.bench.folder()?;
     let files = Files::new(options, folder.path())?;
     files.fill(options)?;
     let tools: Vec<Tool> = match options.only {
@@ -416,7 +397,7 @@ fn spread(of: &[f64]) -> [f64; 3] {
 }
 
 fn report(options: &Options, seconds: &[Value], speeds: &[Value], looks: &[Value]) {
-    if options.json {
+    if options.bench.json {
         let named = |values: &[Value]| -> serde_json::Map<_, _> {
             let pairs = values
                 .iter()

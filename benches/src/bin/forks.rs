@@ -2,9 +2,8 @@
 //! snapshot: how fast they are made, what each costs at rest, and how they do with a
 //! client each at once. See benches/README.md.
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Barrier;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use nbdsnap::control::protocol::{
 use nbdsnap::nbd::uri::ListenAddr;
 use nbdsnap_benches::BenchError;
 use nbdsnap_benches::plan::Rng;
+use nbdsnap_benches::served::{Bench, Served, end, filled, unsuitable};
 use serde_json::json;
 
 const BLOCK: usize = 4096;
@@ -28,7 +28,7 @@ const AT_ONCE: usize = 16;
 
 /// Measures many volumes on one shared image, each with a writable snapshot.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Options {
     /// Volumes
     #[arg(long, default_value_t = 1000)]
@@ -42,71 +42,29 @@ struct Options {
     /// Seconds of load
     #[arg(long, default_value_t = 10)]
     time: u64,
-    /// Where the image and the stores are made; default: the system's temporary folder
-    #[arg(long)]
-    folder: Option<PathBuf>,
-    /// The program; default: nbdsnap beside this one
-    #[arg(long)]
-    nbdsnap: Option<PathBuf>,
-    /// Chooses the blocks
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// The result as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    bench: Bench,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("forks: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end("forks", run(&Options::parse()).map(|()| true))
 }
 
-fn unsuitable<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> BenchError {
-    move |error| BenchError::Unsuitable(format!("{what}: {error}"))
-}
-
-/// A server that begins without volumes, ended when it is dropped.
+/// A server that begins with what its state names.
 struct Server {
-    child: Child,
+    served: Served,
     program: PathBuf,
     folder: PathBuf,
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 impl Server {
     fn start(program: &Path, folder: &Path, volumes: usize) -> Result<Self, BenchError> {
-        let mut child = Command::new(program)
-            .args(["-q", "serve", "--listen"])
-            .arg(format!("unix:{}", folder.join("nbd").display()))
-            .arg("--control")
-            .arg(folder.join("control"))
-            .arg("--state")
-            .arg(folder.join("state"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(unsuitable("the server"))?;
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let args = ["--state".into(), folder.join("state").into()];
         let server = Self {
-            child,
+            served: Served::start(program, folder, &args, 2 * volumes)?,
             program: program.to_owned(),
             folder: folder.to_owned(),
         };
-        let lines = stdout.lines().take(2 * volumes).map_while(Result::ok);
-        if lines.count() != 2 * volumes {
-            return Err(BenchError::Unsuitable("the server has ended".into()));
-        }
         // Without volumes it prints nothing: it is there when it takes orders.
         let until = Instant::now() + Duration::from_secs(30);
         while server.control().is_err() {
@@ -119,7 +77,7 @@ impl Server {
     }
 
     fn control(&self) -> Result<ControlClient, BenchError> {
-        ControlClient::connect(&self.folder.join("control")).map_err(unsuitable("control"))
+        self.served.orders()
     }
 
     fn order(&self, order: Order) -> Result<Answer, BenchError> {
@@ -127,7 +85,7 @@ impl Server {
     }
 
     fn attach(&self, volume: usize) -> Result<Client, BenchError> {
-        let uri = ListenAddr::Unix(self.folder.join("nbd")).uri(&format!("fork{volume}@w"));
+        let uri = ListenAddr::Unix(self.served.socket.clone()).uri(&format!("fork{volume}@w"));
         Client::connect(&uri).map_err(unsuitable("a client"))
     }
 
@@ -187,7 +145,7 @@ impl Server {
 
     /// A number of `/proc/PID/status`.
     fn status(&self, field: &str) -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.served.id()));
         let text = text.unwrap_or_default();
         let line = text.lines().find_map(|line| line.strip_prefix(field));
         let word = line.and_then(|line| line.split_whitespace().nth(1));
@@ -341,7 +299,7 @@ fn load(options: &Options, server: &Server) -> Result<Load, BenchError> {
         let attached = server.attach(number);
         begin.wait();
         let mut client = attached?;
-        let mut rng = Rng::new(options.seed + number as u64);
+        let mut rng = Rng::new(options.bench.seed + number as u64);
         let mut seen = [times()?, times()?];
         let block = [number as u8; BLOCK];
         let until = Instant::now() + time;
@@ -397,17 +355,8 @@ fn load(options: &Options, server: &Server) -> Result<Load, BenchError> {
 }
 
 fn run(options: &Options) -> Result<(), BenchError> {
-    let folder = options.folder.clone().unwrap_or_else(std::env::temp_dir);
-    let folder = tempfile::tempdir_in(folder).map_err(unsuitable("a folder"))?;
-    let beside = std::env::current_exe().map(|this| this.with_file_name("nbdsnap"));
-    let program = options.nbdsnap.clone().or(beside.ok());
-    let program = program.ok_or_else(|| BenchError::Unsuitable("no nbdsnap".into()))?;
-    let base = folder.path().join("base.img");
-    let mut filled = std::fs::File::create(&base).map_err(unsuitable("the image"))?;
-    let bytes = std::io::Read::take(std::io::repeat(7), options.size << 20);
-    std::io::copy(&mut { bytes }, &mut filled)
-        .and_then(|_| filled.sync_all())
-        .map_err(unsuitable("the image"))?;
+    let (folder, program) = (options.bench.folder()?, options.bench.program()?);
+    filled(&folder.path().join("base.img"), options.size << 20)?;
     let server = Server::start(&program, folder.path(), 0)?;
     let mut rates = by_many_orders(options, &server)?;
     drop(server);
@@ -426,7 +375,7 @@ fn run(options: &Options) -> Result<(), BenchError> {
 
 fn report(options: &Options, rates: &[Rate], rest: &Rest, load: &Load, restart: &Rate) {
     let per_second = load.requests as f64 / load.seconds;
-    if options.json {
+    if options.bench.json {
         let rates: Vec<_> = rates
             .iter()
             .map(

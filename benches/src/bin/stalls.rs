@@ -6,9 +6,8 @@
 //! created and removed. The longest wait of a write that overlaps a creation is
 //! compared with a flush of the disk a moment before.
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::path::Path;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -18,9 +17,10 @@ use clap::Parser;
 use nbdsnap::client::Client;
 use nbdsnap::control::client::ControlClient;
 use nbdsnap::control::protocol::{Order, SnapshotCreate, SnapshotName, SnapshotRemove};
-use nbdsnap::nbd::uri::{ListenAddr, NbdUri};
+use nbdsnap::nbd::uri::ListenAddr;
 use nbdsnap_benches::BenchError;
 use nbdsnap_benches::plan::Rng;
+use nbdsnap_benches::served::{Bench, Served, end, filled, unsuitable};
 use serde_json::json;
 
 const BLOCK: usize = 4096;
@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// Measures how long a disk's client waits while snapshots are created.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Options {
     /// Creations
     #[arg(long, default_value_t = 500)]
@@ -37,88 +37,28 @@ struct Options {
     /// Mebibytes of the disk
     #[arg(long, default_value_t = 256)]
     size: u64,
-    /// Where the disk and its stores are made; default: the system's temporary folder
-    #[arg(long)]
-    folder: Option<PathBuf>,
-    /// The program; default: nbdsnap beside this one
-    #[arg(long)]
-    nbdsnap: Option<PathBuf>,
-    /// Chooses the blocks
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// The result as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    bench: Bench,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("stalls: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end("stalls", run(&Options::parse()).map(|()| true))
 }
 
-fn unsuitable(what: &str) -> impl FnOnce(std::io::Error) -> BenchError {
-    move |error| BenchError::Unsuitable(format!("{what}: {error}"))
-}
-
-/// A server with one disk, ended when it is dropped.
-struct Server {
-    child: Child,
-    uri: NbdUri,
-    control: PathBuf,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+/// A server with one disk.
+struct Server(Served);
 
 impl Server {
     fn start(program: &Path, folder: &Path, bytes: u64) -> Result<Self, BenchError> {
         let disk = folder.join("disk.img");
-        // Written, not sparse: a first write to a hole would cost the file system
-        // more than an overwrite.
-        let mut filled = std::fs::File::create(&disk).map_err(unsuitable("the disk"))?;
-        std::io::copy(
-            &mut std::io::Read::take(std::io::repeat(7), bytes),
-            &mut filled,
-        )
-        .and_then(|_| filled.sync_all())
-        .map_err(unsuitable("the disk"))?;
-        let (socket, control) = (folder.join("nbd"), folder.join("control"));
-        let mut child = Command::new(program)
-            // What it would log for each snapshot costs time too.
-            .args(["-q", "serve"])
-            .arg(format!("disk={}", disk.display()))
-            .arg("--listen")
-            .arg(format!("unix:{}", socket.display()))
-            .arg("--control")
-            .arg(&control)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(unsuitable("the server"))?;
-        let mut line = String::new();
-        let stdout = child.stdout.take().expect("piped");
-        BufReader::new(stdout)
-            .read_line(&mut line)
-            .map_err(unsuitable("the server"))?;
-        let uri = ListenAddr::Unix(socket).uri("disk");
-        Ok(Self {
-            child,
-            uri,
-            control,
-        })
+        filled(&disk, bytes)?;
+        let args = [format!("disk={}", disk.display()).into()];
+        Served::start(program, folder, &args, 1).map(Self)
     }
 
     fn client(&self) -> Result<Client, BenchError> {
-        Client::connect(&self.uri).map_err(|error| BenchError::Unsuitable(error.to_string()))
+        let uri = ListenAddr::Unix(self.0.socket.clone()).uri("disk");
+        Client::connect(&uri).map_err(unsuitable("a client"))
     }
 }
 
@@ -200,17 +140,12 @@ struct Cost {
 }
 
 fn run(options: &Options) -> Result<(), BenchError> {
-    let folder = options.folder.clone().unwrap_or_else(std::env::temp_dir);
-    let folder = tempfile::tempdir_in(folder).map_err(unsuitable("a folder"))?;
-    let beside = std::env::current_exe().map(|this| this.with_file_name("nbdsnap"));
-    let program = options.nbdsnap.clone().or(beside.ok());
-    let program = program.ok_or_else(|| BenchError::Unsuitable("no nbdsnap".into()))?;
+    let (folder, program) = (options.bench.folder()?, options.bench.program()?);
     let bytes = options.size << 20;
     let server = Server::start(&program, folder.path(), bytes)?;
-    let writer = Writer::start(server.client()?, bytes, options.seed);
+    let writer = Writer::start(server.client()?, bytes, options.bench.seed);
     let mut flusher = server.client()?;
-    let mut orders = ControlClient::connect(&server.control)
-        .map_err(|error| BenchError::Unsuitable(error.to_string()))?;
+    let mut orders = server.0.orders()?;
     let mut costs = Vec::with_capacity(options.rounds);
     for _ in 0..options.rounds {
         costs.push(one(&mut flusher, &mut orders, &writer)?);
@@ -282,7 +217,7 @@ fn report(options: &Options, costs: &[Cost]) {
             spread(&|cost| (cost.stall - cost.flush).max(0.0)),
         ),
     ];
-    if options.json {
+    if options.bench.json {
         let rows: Vec<_> = rows
             .iter()
             .map(|(name, [median, p99, most])| {
