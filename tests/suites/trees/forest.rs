@@ -98,6 +98,9 @@ pub(crate) struct Forest {
     /// Of a merge that may be under way: the snapshot's export.
     merging: Vec<String>,
     stores: u64,
+    /// Orders to create snapshots, and whose turn the first is.
+    orders: u64,
+    first_turn: u64,
     tally: Tally,
 }
 
@@ -107,10 +110,13 @@ impl Forest {
         let mut random = Random::new(seed);
         let folder = folder();
         let content = random_file(&folder.path().join("disk.img"), BYTES as usize, &mut random);
+        let first_turn = random.below(6);
         let mut this = Self {
             folder,
             size,
             random,
+            orders: 0,
+            first_turn,
             server: None,
             views: vec![View::new("disk", None, content)],
             merging: Vec::new(),
@@ -232,11 +238,14 @@ impl Forest {
         self.tally.most = self.tally.most.max(self.views.len() - 1);
     }
 
-    /// The place of a view of which a snapshot can be taken.
-    fn pick_origin(&mut self) -> usize {
+    /// The place of a view of which a snapshot of that kind can be taken: upon a
+    /// transient one there are only transient ones.
+    fn pick_origin(&mut self, kind: Kind) -> usize {
         let can = |view: &View| {
             let busy = self.merging.iter().any(|one| origin(one) == view.export);
-            !busy && depth(&view.export) < self.size.depth
+            let below = view.store.as_ref().map(|store| store.kind);
+            let lasts = kind == Kind::N || below != Some(Kind::N);
+            !busy && lasts && depth(&view.export) < self.size.depth
         };
         let able: Vec<usize> = (0..self.views.len())
             .filter(|&n| can(&self.views[n]))
@@ -250,22 +259,21 @@ impl Forest {
     }
 
     fn create(&mut self) {
-        let count = if self.random.one_in(3) { 2 } else { 1 };
-        let (kind, mut words) = match self.random.below(6) {
+        // By turns, not by chance: no run is to go without.
+        let turn = self.orders + self.first_turn;
+        let count = if turn % 3 == 1 { 2 } else { 1 };
+        let (kind, mut words) = match turn % 6 {
             0 => (Kind::N, vec!["--transient".to_owned()]),
-            1 | 2 => (Kind::PO, vec!["--overflow".to_owned()]),
+            _ if self.random.one_in(3) => (Kind::PO, vec!["--overflow".to_owned()]),
             _ => (Kind::P, Vec::new()),
         };
+        self.orders += 1;
         let sectors = 1 << self.random.below(7);
         words.push(format!("--chunk={sectors}s"));
         let mut new = Vec::new();
         for _ in 0..count {
-            let of = self.pick_origin();
+            let of = self.pick_origin(kind);
             let below = &self.views[of];
-            let is_transient = below.store.as_ref().is_some_and(|one| one.kind == Kind::N);
-            if is_transient && kind != Kind::N {
-                continue;
-            }
             self.stores += 1;
             let export = format!("{}@s{}", below.export, self.stores);
             let store = Store {
@@ -274,9 +282,6 @@ impl Forest {
                 size: None,
             };
             new.push(View::new(&export, Some(store), below.model.clone()));
-        }
-        if new.is_empty() {
-            return;
         }
         let mut order = vec!["snapshot", "create"];
         order.extend(new.iter().map(|view| view.export.as_str()));
