@@ -154,11 +154,9 @@ impl Mapper {
             .get2_mut(source, heir)
             .expect("they are two, and there");
         to.body = std::mem::replace(&mut from.body, Body::Lost);
-        let overflows = to.overflows;
         std::mem::swap(&mut to.persistence, &mut from.persistence);
-        std::mem::swap(&mut to.overflows, &mut from.overflows);
-        to.overflows = overflows;
-        to.persistence = to.persistence.or_overflow(overflows);
+        from.overflows = to.overflows;
+        to.persistence = to.persistence.or_overflow(to.overflows);
         std::mem::swap(&mut to.chunk, &mut from.chunk);
         std::mem::swap(&mut to.overflowed, &mut from.overflowed);
         self.set_lengths(heir);

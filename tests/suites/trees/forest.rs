@@ -110,7 +110,7 @@ impl Forest {
         let mut random = Random::new(seed);
         let folder = folder();
         let content = random_file(&folder.path().join("disk.img"), BYTES as usize, &mut random);
-        let first_turn = random.below(6);
+        let first_turn = random.below(12);
         let mut this = Self {
             folder,
             size,
@@ -259,9 +259,9 @@ impl Forest {
     }
 
     fn create(&mut self) {
-        // By turns, not by chance: no run is to go without.
+        // By turns, not by chance: no run is to go without. Some groups are transient.
         let turn = self.orders + self.first_turn;
-        let count = if turn % 3 == 1 { 2 } else { 1 };
+        let count = if turn.is_multiple_of(4) { 2 } else { 1 };
         let (kind, mut words) = match turn % 6 {
             0 => (Kind::N, vec!["--transient".to_owned()]),
             _ if self.random.one_in(3) => (Kind::PO, vec!["--overflow".to_owned()]),
